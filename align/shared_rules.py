@@ -28,12 +28,12 @@ TRL_REFERENCE_ONLY = Rule(
     repair="adapter.method=lora, or another one that does not change the base",
     problem=_COPY_PROBLEM,
 )
-"""The same for stages that run on TRL's trainer alone."""
+"""The same for stages that run only on TRL's trainer."""
 
 TRL_ONLY = Rule(
     "trl-only",
     {"train.engine": ("native",)},
-    "this stage runs on TRL's trainer alone",
+    "this stage runs only on TRL's trainer",
     source="align/engines/trl/online.py, kto.py: no native trainer",
     changes={"train.engine": "trl"},
 )
@@ -41,7 +41,7 @@ TRL_ONLY = Rule(
 CONSISTENCY = Rule(
     "consistency",
     {"adapter.consistency": (True,)},
-    "the consistency loss of two forward passes needs labels, and this stage has none",
+    "the consistency loss of two forward passes needs labels, which this stage does not have",
     source="arXiv 2205.12410, equation 5: a loss on labels",
     changes={"adapter.consistency": False},
 )

@@ -39,7 +39,7 @@ class DPOSettings(Section):
     # Precomputed: one forward pass over the rows of the run instead of one in every step, with equal values.
     reference: Literal["precomputed", "live"] = Field(
         "precomputed",
-        description="reference log-probabilities: all before step 0, cached on disk; or live in every step",
+        description="reference log-probabilities: precomputed before step 0 and cached, or live in each step",
     )
     # Off: the chosen completions' likelihood falls in most successful DPO runs (arXiv 2404.19733).
     max_chosen_logp_drop: Annotated[float, Field(gt=0)] | None = Field(
@@ -109,7 +109,7 @@ def _resolve_loss(dpo: DPOSettings) -> tuple[str, Mapping[str, Setting]]:
 RULES = (
     Rule(
         "dpo-loss",
-        message="dpo.loss names a loss of the catalog, with its settings in their ranges",
+        message="dpo.loss is a known loss with valid settings",
         source="align/preference/losses",
         find=_check_loss,
         reads=("dpo",),
@@ -135,7 +135,7 @@ RULES = (
         problem=Problem(
             "data.packing",
             "true",
-            "false: a prompt and its completions share a row already, and groups fill up the rows",
+            "false: a prompt and its completions already share a row, and rows are filled with groups",
             "data.packing=false",
         ),
     ),
@@ -165,7 +165,7 @@ RULES = (
     Rule(
         "live-reference-trl",
         {"dpo.reference": ("live",), "train.engine": ("trl",)},
-        "with TRL's trainer the reference log-probabilities are precomputed",
+        "with TRL's trainer, the reference log-probabilities are precomputed",
         source="trl 1.16, trainer/dpo_trainer.py: precompute_ref_log_probs",
         problem=Problem(
             "dpo.reference",

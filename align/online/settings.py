@@ -63,8 +63,8 @@ class GRPOSettings(Section):
     beta: NonNegativeFloat = Field(0.04, description="weight of the KL to the reference in the loss; 0: none")
     loss: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = Field(
         "grpo",
-        description="grpo: mean over each completion's tokens, then over completions; dapo: mean over all "
-        "tokens of a step; dr_grpo: sum divided by max_new_tokens; bnpo: mean over a micro-batch",
+        description="grpo: mean over the tokens of each completion, then over completions; dapo: mean over "
+        "all tokens of a step; dr_grpo: sum divided by max_new_tokens; bnpo: mean over a micro-batch",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
@@ -120,7 +120,7 @@ def online_rules(section: str) -> tuple[Rule, ...]:
             problem=Problem(
                 beta,
                 f"{{{beta}:g}} with adapter.method '{{adapter.method}}'",
-                "0: TRL's reference would be a second full model, the base as published",
+                "0: TRL's reference would be a second full model, the untrained base",
                 f"{beta}=0, or adapter.method=lora",
             ),
         ),

@@ -72,7 +72,7 @@ RULES = (
         problem=Problem(
             "train.neftune_alpha",
             "{train.neftune_alpha:g}",
-            "null: with noise the ratio to the sampling policy does not start at 1",
+            "null: with noise, the ratio to the sampling policy does not start at 1",
             "train.neftune_alpha=null",
         ),
     ),
@@ -80,7 +80,7 @@ RULES = (
     CONSISTENCY,
     Rule(
         "ppo-sizes",
-        message="rollouts are full minibatches, and the KL controller's step is small",
+        message="a rollout consists of full minibatches, and the KL controller's step is small",
         source="arXiv 1909.08593, section 2.2: the controller's clipped error",
         find=_check_sizes,
         reads=("ppo", "train"),
@@ -88,7 +88,7 @@ RULES = (
     Rule(
         "value-init",
         {"ppo.value_init": ("reward",), "rewards.sources": _no_reward_adapter},
-        "a value model starts from a reward model's adapter, and no source has one",
+        "the value model is to start from a reward model's adapter, but no source has one",
         source="arXiv 2203.02155, appendix C.4: the value function starts from the reward model",
         problem=Problem(
             "ppo.value_init",
@@ -99,7 +99,7 @@ RULES = (
     ),
     Rule(
         "ppo-ptx",
-        message="PPO-ptx has a weight and rows, or neither",
+        message="PPO-ptx has both a weight and a source, or neither",
         source="arXiv 2203.02155, equation 2",
         find=_check_pretraining,
         reads=("pretraining",),

@@ -29,11 +29,11 @@ class PPOSettings(Section):
     )
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2,
-        description="clip range of the ratio, 1 +- this (TRL: cliprange; arXiv 1707.06347, equation 7)",
+        description="clip the ratio to 1 +- this (TRL: cliprange; arXiv 1707.06347, equation 7)",
     )
     value_clip_range: PositiveFloat | None = Field(
         0.2,
-        description="clip range of the value around its estimate at the rollout (TRL: cliprange_value); "
+        description="clip the value to +- this around its estimate in the rollout (TRL: cliprange_value); "
         "null: no clipping",
     )
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
@@ -59,11 +59,11 @@ class PPOSettings(Section):
         0.05, description="coefficient (beta) of the per-token KL penalty to the reference"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="estimator of that KL from one sample; the paper uses k1"
+        "k1", description="estimator of this KL; the paper uses k1"
     )
     # Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
     adaptive_kl_target: PositiveFloat | None = Field(
-        None, description="target of the adaptive KL controller, nats per completion (6); null: fixed"
+        None, description="target of the adaptive KL controller, nats per completion (6); null: fixed kl_coef"
     )
     kl_horizon: PositiveInt = Field(
         10_000, description="horizon of the adaptive KL controller, in completions"
@@ -73,7 +73,7 @@ class PPOSettings(Section):
         -1.0, description="reward of a completion without EOS; null: the reward is unchanged"
     )
     normalize_rewards: Literal["none", "running"] = Field(
-        "none", description="running: normalize by running mean and standard deviation of all rewards"
+        "none", description="running: normalize by the running mean and standard deviation of all rewards"
     )
     reward_clip: PositiveFloat | None = Field(None, description="clip rewards to +- this; null: no clipping")
     # Not in the paper; TRL's and other implementations offer it as target_kl.
@@ -88,10 +88,10 @@ class PretrainingSettings(Section):
     """PPO-ptx: pretraining loss added to the PPO loss (InstructGPT, arXiv 2203.02155, equation 2)."""
 
     weight: NonNegativeFloat = Field(
-        0.0, description="gamma: weight of the loss, a mean over labels; InstructGPT: 27.8; 0: off"
+        0.0, description="gamma: weight of the loss, which is a mean over labels (InstructGPT: 27.8); 0: off"
     )
     source: NonEmptyStr | None = Field(
-        None, description="conversations in any layout of stage sft, or texts (column text)"
+        None, description="conversations in any layout of stage sft, or plain text (column text)"
     )
     batch_size: PositiveInt = Field(8, description="pretraining rows per optimizer step")
 
@@ -102,8 +102,8 @@ class StopSettings(Section):
     # Gao et al. 2022 (arXiv 2210.10760): the proxy reward keeps rising while the gold reward falls.
     max_gold_drop: Fraction | None = Field(
         0.1,
-        description="reward over-optimization: a grader's held-out mean has fallen this far below its best "
-        "while the reward has risen; null: never. Measured every train.evaluate_every steps",
+        description="reward over-optimization: a grader's held-out mean has dropped this far below its best "
+        "while the reward has risen, checked every train.evaluate_every steps; null: never",
     )
     max_kl: PositiveFloat | None = Field(
         None, description="maximum KL to the reference, nats per completion; null: never"
@@ -111,13 +111,13 @@ class StopSettings(Section):
     max_length_ratio: Annotated[float, Field(gt=1)] | None = Field(
         None,
         description="length hacking: completions are this many times as long as in the first rollout, and "
-        "length correlates with reward; null: never",
+        "length correlates with the reward; null: never",
     )
     min_entropy_ratio: Fraction | None = Field(
-        0.02, description="collapse: entropy is below this fraction of the first rollout's; null: never"
+        0.02, description="collapse: entropy is below this fraction of that in the first rollout; null: never"
     )
     min_eos_rate: Fraction | None = Field(
-        0.1, description="collapse: the EOS rate fell below this, from above; null: never"
+        0.1, description="collapse: the EOS rate was above this and has dropped below it; null: never"
     )
 
 

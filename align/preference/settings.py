@@ -16,21 +16,21 @@ class PreferenceSettings(DataSettings):
     # Null: half, as in the DPO authors' code (max_length 512, max_prompt_length 256) and TRL's.
     max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="tokens kept of a prompt, from its end, if prompt and completion are longer than "
+        description="number of prompt tokens to keep, from the end, if prompt and completion exceed "
         "max_length; null: half of max_length",
     )
     # The DPO loss compares completions of one prompt (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
     on_different_prompts: Literal["drop", "chosen"] = Field(
         "drop",
-        description="a pair whose two prompts differ: drop it, or use the chosen one's prompt for both",
+        description="pairs with two different prompts: drop, or use the prompt of the chosen completion",
     )
     # Bradley-Terry has no probability for a tie; zephyr's published set keeps pairs of equal scores.
     on_tie: Literal["drop", "keep"] = Field(
         "drop",
-        description="chosen and rejected with equal scores: drop the pair, or keep the order of the row",
+        description="pairs with equal scores: drop, or keep with the order of the row",
     )
     # Only the last reply of a conversation is compared.
-    loss_on: Literal["assistant"] = Field("assistant", description="the completions, each with its EOS token")
+    loss_on: Literal["assistant"] = Field("assistant", description="loss on the completions, including EOS")
 
 
 class PreferenceSections(Protocol):
@@ -65,7 +65,7 @@ def _check_prompt_length(settings: PreferenceSections) -> Iterator[Problem]:
 
 PREFERENCE_SELECT = Rule(
     "preference-select",
-    message="select filters conversations, and preference data have none",
+    message="select filters conversations, not preference data",
     source="finetune/data/selection.py",
     find=_check_no_selection,
     reads=("data",),
@@ -73,7 +73,7 @@ PREFERENCE_SELECT = Rule(
 PROMPT_LENGTH = Rule(
     "prompt-length",
     {"data.max_prompt_length": is_set, "data.max_length": is_set},
-    "a prompt leaves tokens for its completions",
+    "data.max_prompt_length is less than data.max_length, to leave tokens for completions",
     source="align/preference/rows/encode.py",
     find=_check_prompt_length,
     reads=("data",),

@@ -19,14 +19,14 @@ class RejectionSettings(Section):
         description="rounds of sampling from the current policy and fine-tuning on the best completions",
     )
     prompts: PositiveInt | None = Field(
-        None, description="prompts per round, consecutive slices of one shuffle; null: all"
+        None, description="prompts per round, in consecutive slices of one shuffle; null: all"
     )
     # RAFT (arXiv 2304.06767) samples 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
     num_generations: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt (n)")
     # best_of_n: Llama 2, section 3.2.3, and RAFT; top_fraction: RAFT's first version (arXiv 2304.06767v1).
     keep: Literal["best_of_n", "top_fraction"] = Field(
         "best_of_n",
-        description="best_of_n: the best completion of each prompt; top_fraction: the best of all in a round",
+        description="best_of_n: the best completion of each prompt; top_fraction: the best ones of a round",
     )
     top_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="for keep: top_fraction: fraction of all completions; null: 1 / num_generations"
@@ -73,7 +73,7 @@ RULES = (
         problem=Problem(
             "data.overflow",
             "'truncate'",
-            "drop: training rows hold the complete prompt with its completion",
+            "drop: training rows have the complete prompt with its completion",
             "data.overflow=drop",
         ),
     ),
@@ -84,7 +84,7 @@ RULES = (
         problem=Problem(
             "evaluate.exact_match",
             "{evaluate.exact_match}",
-            "0: prompts have no reference reply (use evaluate.retention for rows that have)",
+            "0: prompts have no reference reply (use evaluate.retention for rows with one)",
             "evaluate.exact_match=0",
         ),
     ),

@@ -43,15 +43,15 @@ class RewardSettings(Section):
     """Heads, terms added to the Bradley-Terry loss, and rules."""
 
     heads: Annotated[list[NonEmptyStr], Field(min_length=1)] = Field(
-        ["reward"], description="names of the score heads on one base, each trained on its own sources"
+        ["reward"], description="names of the score heads; each is trained on its own sources"
     )
     # arXiv 2312.09244, equation 2; TRL recommends 0.01. Off: rewards are normalized after training anyway.
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="coefficient of the term that centers rewards at 0 (e.g. 0.01); 0: off"
+        0.0, description="weight of the term that centers rewards at 0 (e.g. 0.01); 0: off"
     )
     # Llama 2 (arXiv 2307.09288), equation 2 and table 27: 0 to 1 (small) or 0 to 3 (large).
     margin_scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="factor on the dataset's margins, subtracted inside the loss; null: no margins"
+        None, description="factor for the data's margins, which the loss subtracts; null: no margins"
     )
     rules: list[RuleSettings] = Field(
         [], description="Python reward functions: [{name: N, function: file.py:function, weight: 1.0}]"
@@ -172,14 +172,14 @@ RULES = (
     ),
     Rule(
         "reward-heads",
-        message="every head has a name of its own and a source of data.mix",
+        message="every head has a unique name and a source in data.mix",
         source="align/reward/batch.py",
         find=_check_heads,
         reads=("data", "reward"),
     ),
     Rule(
         "reward-functions",
-        message="reward functions exist, with names of their own",
+        message="reward functions exist and have unique names",
         source="align/reward/function_reward.py",
         find=_check_reward_functions,
         reads=("reward",),

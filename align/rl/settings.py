@@ -11,26 +11,30 @@ class PromptSettings(DataSettings):
     """Prompts: rows up to the last user turn; a row's own reply is not trained on."""
 
     max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="maximum prompt tokens; null: context length less the completion, 2048 together"
+        None,
+        description="maximum number of prompt tokens; null: context length (at most 2048) minus "
+        "sampling.max_new_tokens",
     )
     # A prompt without its beginning is another question, and the template's own text is at the beginning.
     overflow: Literal["drop", "truncate"] = Field(
         "drop", description="drop longer prompts, or truncate them from the left"
     )
     max_length: None = Field(None, description="not used: see max_prompt_length and sampling.max_new_tokens")
-    loss_on: Literal["assistant"] = Field("assistant", description="sampled completions, including EOS")
+    loss_on: Literal["assistant"] = Field(
+        "assistant", description="loss on the sampled completions, including EOS"
+    )
     packing: Literal[False] = Field(False, description="not used: prompts are batched for generation")
 
 
 class SamplingSettings(Section):
-    """Sampling of completions; without top-p or top-k, as the loss's log-probabilities assume."""
+    """Sampling of completions, without top-p and top-k: the loss assumes the full distribution."""
 
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits, in sampling and in the loss"
     )
-    max_new_tokens: PositiveInt = Field(64, description="maximum completion tokens")
+    max_new_tokens: PositiveInt = Field(64, description="maximum number of completion tokens")
     generation_batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="generation batch size over all processes: smaller needs less memory and more time, and "
-        "gives other samples; auto: as many as keep the device busy",
+        description="generation batch size over all processes; a smaller one needs less memory and more "
+        "time, and gives different samples; auto: large enough to keep the device busy",
     )

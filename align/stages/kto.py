@@ -43,7 +43,7 @@ class KTOSettings(Section):
     """KTO's loss (arXiv 2402.01306, equation 8)."""
 
     beta: PositiveWeight = Field(
-        0.1, description="risk aversion: a smaller beta lets the policy move further from the reference"
+        0.1, description="risk aversion: a smaller beta lets the policy move farther from the reference"
     )
     desirable_weight: PositiveWeight = Field(1.0, description="weight of desirable (good) completions")
     undesirable_weight: PositiveWeight = Field(1.0, description="weight of undesirable (bad) completions")

@@ -36,7 +36,7 @@ class Settings(lora.Settings):
     # 1.5 times the rank: the paper, section 4.1, an initial budget of 1.5 times the final one.
     init_rank: PositiveInt | None = Field(None, description="initial rank; null: 1.5 times `rank`")
     alpha: lora.Alpha = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
-    dropout: Fraction = Field(0.0, description="dropout probability of the input of Q")
+    dropout: Fraction = Field(0.0, description="dropout probability at the input of Q")
     warmup: Fraction = Field(
         0.1, description="fraction of steps before the budget decreases"
     )  # table 8: 5 to 20 %

@@ -30,7 +30,7 @@ class Settings(AdapterSettings):
     rank: PositiveInt = Field(16, description="r: rank of the low-rank product")
     alpha: Alpha = Field(32.0, description="scale: the product is multiplied by alpha / rank")
     # Dropout 0.05: tloen/alpaca-lora, finetune.py; QLoRA (arXiv 2305.14314, appendix B.2) above 13B.
-    dropout: Fraction = Field(0.05, description="dropout probability of the input of A")
+    dropout: Fraction = Field(0.05, description="dropout probability at the input of A")
     # Every linear layer: QLoRA, figure 2: with fewer of them LoRA does not match full fine-tuning.
     target: Target = Field(
         ALL_LINEAR,

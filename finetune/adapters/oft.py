@@ -29,7 +29,7 @@ class Settings(AdapterSettings):
         32, description="block size; adjusted to divide each layer's input size"
     )  # PEFT
     dropout: Fraction = Field(
-        0.0, description="probability that a block is not rotated, in training"
+        0.0, description="probability that a block is not rotated during training"
     )  # PEFT's default
     target: Target = Field(ALL_LINEAR, description="names of the target layers")
 

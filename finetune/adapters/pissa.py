@@ -28,7 +28,7 @@ class Settings(lora.Settings):
 
     method: Literal["pissa"] = Field("pissa", description="LoRA initialized to the largest singular values")  # type: ignore[assignment]
     alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
-    dropout: Fraction = Field(0.0, description="dropout probability of the input of A")  # the paper: 0
+    dropout: Fraction = Field(0.0, description="dropout probability at the input of A")  # the paper: 0
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

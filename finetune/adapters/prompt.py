@@ -31,7 +31,7 @@ class Settings(VirtualTokenSettings):
     # 20: longer prompts gain little (the paper's section 3.2, "Prompt Length").
     virtual_tokens: PositiveInt = Field(20, description="length of the soft prompt")
     init_text: NonEmptyStr | None = Field(
-        None, description="initialize from the embeddings of this text; null: of random tokens"
+        None, description="initialize from the embeddings of this text; null: from those of random tokens"
     )
 
 

@@ -22,10 +22,10 @@ TRAITS = Traits(quantization=("nf4", "int8"), training_only=("dropout",))
 class Settings(lora.Settings):
     """LoRA's settings, with the QLoRA paper's values (appendix B.2; dropout 0.1 up to 13B, 0.05 above)."""
 
-    method: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base")  # type: ignore[assignment]
+    method: Literal["qlora"] = Field("qlora", description="LoRA on a 4-bit base")  # type: ignore[assignment]
     rank: PositiveInt = Field(64, description="r: rank of the low-rank product")
     alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
-    dropout: Fraction = Field(0.1, description="dropout probability of the input of A")
+    dropout: Fraction = Field(0.1, description="dropout probability at the input of A")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

@@ -28,7 +28,7 @@ class Settings(AdapterSettings):
     d_initial: Annotated[float, Field(gt=0)] = Field(
         0.1, description="initial value of d"
     )  # the paper, table 6
-    dropout: Fraction = Field(0.0, description="dropout probability of the inputs")  # the paper, table 9
+    dropout: Fraction = Field(0.0, description="dropout probability at the inputs")  # the paper, table 9
     target: Target = Field(ALL_LINEAR, description="names of the target layers")  # the paper: all linear
 
 

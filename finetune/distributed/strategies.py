@@ -155,7 +155,7 @@ PROCESS_RULES = (
     Rule(
         "one-process",
         {"train.strategy": MULTI_PROCESS, "processes": ("one",)},
-        "the strategy needs several processes, and there is one",
+        "the strategy needs multiple processes, but there is only one",
         source="finetune/training/launch.py",
         changes={"train.strategy": "single"},
         repair="train.num_processes=2 or more, or train.strategy=auto",
@@ -179,7 +179,7 @@ PROCESS_RULES = (
     Rule(
         "offload-one-process",
         {"train.offload": ("cpu", "nvme"), "processes": ("one",)},
-        "offloading is a ZeRO feature, and ZeRO needs several processes here",
+        "offloading is a ZeRO feature, and ZeRO needs multiple processes here",
         source="finetune/training/launch.py",
         changes={"train.offload": "none"},
         repair="train.offload=none, or train.num_processes=2 or more",
@@ -197,15 +197,15 @@ OFFLOAD_RULES = (
     Rule(
         "nvme-cpu",
         {"train.offload": ("nvme",), "device": ("cpu",)},
-        "DeepSpeed swaps GPU memory to NVMe, and on a CPU there is none",
-        source="deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is not there",
+        "DeepSpeed swaps GPU memory to NVMe, and there is no GPU",
+        source="deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is missing",
         evidence="source",
         changes={"train.offload": "none"},
     ),
     Rule(
         "nvme-needs-zero3",
         {"train.strategy": ("zero1", "zero2"), "train.offload": ("nvme",)},
-        "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 silently offload to the CPU",
+        "DeepSpeed swaps to NVMe only in stage 3; stages 1 and 2 silently offload to the CPU",
         source="deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: any offload device sets cpu_offload",
         evidence="source",
         changes={"train.strategy": "zero3"},
@@ -235,8 +235,8 @@ SHARDING_RULES = (
     Rule(
         "pissa-fsdp2",
         {"train.strategy": ("fsdp2",), "adapter.method": ("pissa",)},
-        "PiSSA initializes from the SVD of the full weights and overwrites them; PEFT gathers them for that "
-        "under ZeRO-3, and does not support DTensors",
+        "PiSSA initializes from the SVD of the full weights and overwrites them; for this, PEFT gathers them "
+        "under ZeRO-3, but does not support DTensors",
         source="peft 0.21.2, lora/layer.py: gather_params_ctx around pissa_init; ZeRO-3 tested: the losses "
         "of ddp",
         evidence="source",
@@ -253,8 +253,8 @@ SHARDING_RULES = (
     Rule(
         "fsdp2-full",
         {"train.strategy": ("fsdp2",), "traits.full_finetuning": (True,)},
-        "in checkpoints each process would overwrite the others' optimizer shards, and the run could not "
-        "resume; ZeRO-3 writes all shards",
+        "in a checkpoint, each process would overwrite the optimizer shards of the others, so the run could "
+        "not resume; ZeRO-3 writes all shards",
         source="two CPU ranks: it trains, and optimizer.pt holds one process's shard",
         evidence="run",
         changes={"train.strategy": "zero3"},
@@ -269,8 +269,8 @@ SHARDING_RULES = (
     Rule(
         "adafactor-zero",
         {"train.strategy": tuple(ZERO_STAGES), "train.optimizer": ("adafactor",)},
-        "ZeRO flattens the parameters, and Adafactor has no rows and columns to factor: it would need as "
-        "much memory as Adam's second moment and compute something else",
+        "ZeRO flattens the parameters, so Adafactor has no rows and columns to factor: it would need as "
+        "much memory as Adam's second moment, and compute different updates",
         source="deepspeed 0.19.8, stage_1_and_2.py: flatten; transformers 5.23, optimization.py: "
         "factored = len(param_shape) >= 2",
         evidence="source",
@@ -279,7 +279,7 @@ SHARDING_RULES = (
     Rule(
         "adalora-zero",
         {"train.strategy": tuple(ZERO_STAGES), "adapter.method": ("adalora",)},
-        "AdaLoRA scores its ranks by the gradients after each step, which DeepSpeed has cleared by then",
+        "AdaLoRA scores its ranks by the gradients after each step, but DeepSpeed has cleared them by then",
         source="Gradients are only available immediately after backward and before engine step; accelerate "
         "1.15, utils/deepspeed.py: backward() steps and clears; peft#1721",
         evidence="run",
@@ -288,7 +288,7 @@ SHARDING_RULES = (
     Rule(
         "trainable-tokens-cpu",
         {"train.strategy": ("zero3",), "adapter.method": ("trainable_tokens",), "device": ("cpu",)},
-        "PEFT gathers the rows of a sharded embedding on a CUDA device, whatever the device is",
+        "PEFT gathers the rows of a sharded embedding on a CUDA device, even if there is none",
         source="peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights; run: Torch not "
         "compiled with CUDA",
         evidence="run",

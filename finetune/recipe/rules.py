@@ -254,21 +254,21 @@ RULES: tuple[Rule, ...] = (
     *MIXTURE_RULES,
     Rule(
         "held-out",
-        message="data.held_out is not the training data: evaluating on it would look like generalization",
+        message="data.held_out is not the training data, on which evaluation does not show generalization",
         source="finetune/data/load.py",
         find=_check_held_out,
         reads=("data",),
     ),
     Rule(
         "held-out-evals",
-        message="evals are on held-out rows",
+        message="generation evals need held-out rows",
         source="finetune/training/generation_eval.py",
         find=_check_evals,
         reads=("data", "evaluate", "train"),
     ),
     Rule(
         "graders",
-        message="graders are functions of files that exist, for held-out prompts",
+        message="graders are functions in existing files, and need held-out prompts",
         source="finetune/training/generation_eval.py",
         find=_check_graders,
         reads=("data", "evaluate"),
@@ -354,7 +354,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "micro-batch-trl",
         {"train.engine": ("trl",), "train.num_processes": (1,)},
-        "all micro-batches of a step have the same size with TRL",
+        "with TRL, all micro-batches of a step have the same size",
         source="transformers 5.23, trainer.py: get_total_train_batch_size",
         evidence="source",
         find=_check_trl_batches,

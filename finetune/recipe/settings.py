@@ -38,9 +38,9 @@ class RopeSettings(Section):
     """RoPE scaling: extends the context beyond that of the base model."""
 
     method: Literal["linear", "dynamic", "yarn"] = Field(
-        description="linear: position interpolation; dynamic: NTK-aware, by the row's length; yarn"
+        description="linear: position interpolation; dynamic: NTK-aware, by row length; yarn: YaRN"
     )
-    factor: Annotated[float, Field(ge=1)] = Field(description="new context length / the base's")
+    factor: Annotated[float, Field(ge=1)] = Field(description="new context length / that of the base")
 
 
 class ModelSettings(Section):
@@ -52,8 +52,8 @@ class ModelSettings(Section):
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub model")
     init_from: NonEmptyStr | None = Field(
         None,
-        description="finished run to continue from: its folder, its name in ./runs or a prefix of it; "
-        "or stage/recipe (sft/quickstart), which is run first if needed",
+        description="parent run: a run directory, its name in ./runs, or a prefix of the name; or "
+        "stage/recipe (sft/quickstart), which runs first if needed",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 if the hardware supports it, else float32"
@@ -73,22 +73,24 @@ class ModelSettings(Section):
 class SelectSettings(Section):
     """Filters that select a subset of a source's rows; dropped rows are counted in the data report."""
 
-    min_reply_characters: NonNegativeInt = Field(0, description="minimum total characters of a row's replies")
+    min_reply_characters: NonNegativeInt = Field(
+        0, description="minimum number of characters in a row's replies"
+    )
     max_reply_characters: PositiveInt | None = Field(
-        None, description="maximum total characters of a row's replies"
+        None, description="maximum number of characters in a row's replies"
     )
     score: NonEmptyStr | None = Field(None, description="column with a rating of each row")
     min_score: float | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
     near_dedup: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
         description="near-deduplication (MinHash): drop rows whose word 5-grams have at least this Jaccard "
-        "overlap with an earlier row (1: exact copies)",
+        "similarity to those of an earlier row (1: exact copies)",
     )
     rows: PositiveInt | None = Field(
         None, description="number of rows to use, after the filters (LIMA: 1000)"
     )
     rows_by: Literal["random", "score", "length"] = Field(
-        "random", description="which rows: random (by the seed), best rated, or longest replies"
+        "random", description="rows to use: random (by the seed), score: best rated, length: longest replies"
     )
 
 
@@ -123,13 +125,13 @@ class DataSettings(Section):
     source: NonEmptyStr | list[dict[str, Any]] | None = Field(
         None,
         description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too) "
-        "or folder; in Python a list of rows",
+        "or folder; in Python also a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of `source`"
     )
     mix_size_cap: PositiveInt | None = Field(
-        None, description="cap on a source's size (K) when rates follow from sizes"
+        None, description="maximum size of a source (K), if rates are computed from sizes"
     )
     mix_temperature: Annotated[float, Field(ge=1)] = Field(
         1.0, description="rates are proportional to size^(1/temperature); above 1 upsamples small sources"
@@ -208,13 +210,13 @@ class TrainSettings(Section):
         None, description="steps between checkpoints; null: ten checkpoints per run"
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
-        2, description="number of most recent checkpoints to retain"
+        2, description="number of most recent checkpoints to keep"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
+    group_by_length: bool = Field(True, description="batch rows of similar length: less padding")
     num_processes: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="number of processes; auto: one per GPU, one on CPU; not part of a run's name",
+        description="number of processes; auto: one per GPU, or one on a CPU; not part of the run name",
     )
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "auto",
@@ -229,7 +231,7 @@ class TrainSettings(Section):
         None, description="steps between held-out evaluations; null: before and after training only"
     )
     engine_args: dict[str, Any] = Field(
-        {}, description="additional arguments of the engine, by the engine's names"
+        {}, description="additional arguments for the engine, under the engine's names"
     )
 
 
@@ -237,10 +239,10 @@ class DocumentSettings(DataSettings):
     """Training data of continued pretraining: documents, with loss on every token."""
 
     template: NonEmptyStr = Field(
-        "plain", description="template of rows that are conversations; plain texts are unchanged"
+        "plain", description="template for rows that are conversations; plain text is unchanged"
     )
     separator: NonEmptyStr | None = Field(
-        None, description="text between the documents of a .txt or .md file (\\n\\n); null: one per file"
+        None, description="text between documents of a .txt or .md file (\\n\\n); null: one document per file"
     )
     packing: bool = Field(
         False,
@@ -264,21 +266,21 @@ class EvaluateSettings(Section):
     samples: NonNegativeInt = Field(
         4, description="number of prompts in samples.jsonl, with the replies before and after training"
     )
-    exact_match: NonNegativeInt = Field(0, description="held-out rows for exact match of the greedy reply")
+    exact_match: NonNegativeInt = Field(
+        0, description="number of held-out rows for exact match of greedy replies; 0: off"
+    )
     max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
     graders: dict[str, NonEmptyStr] = Field(
         {},
-        description="Python functions that grade replies to held-out prompts, before and after: {name: "
-        "file.py:function}; function(prompt, reply) returns a bool or a number, None to skip the prompt",
+        description="Python functions that grade replies to held-out prompts, before and after training: "
+        "{name: file.py:function}; function(prompt, reply) returns a bool, a number, or None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
     retention: NonEmptyStr | None = Field(
         None,
         description="retention set: instructions with exact answers, a skill that training must not degrade",
     )
-    retention_rows: PositiveInt = Field(
-        100, description="number of rows of the retention set, before and after"
-    )
+    retention_rows: PositiveInt = Field(100, description="number of rows of the retention set to use")
 
 
 class AdapterSettings(Section):

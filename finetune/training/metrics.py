@@ -52,7 +52,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "tokens_per_second",
         "tokens/s",
-        "trained rows' tokens / seconds of training",
+        "tokens of the trained rows / seconds of training",
         COUNTING_TOKENS,
         "train",
         "higher",
@@ -70,7 +70,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "exact_match",
         "fraction",
-        "held-out prompts whose greedy completion equals the reference",
+        "fraction of held-out prompts whose greedy completion equals the reference",
         TEXT_STAGES,
         "eval",
         "higher",
@@ -78,7 +78,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "samples/eos_rate",
         "fraction",
-        "greedy completions of samples.jsonl that end with EOS",
+        "fraction of the greedy completions in samples.jsonl that end with EOS",
         TEXT_STAGES,
         "train",
         "higher",
@@ -94,7 +94,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "retention",
         "fraction",
-        "rows of evaluate.retention whose greedy completion equals the reference",
+        "fraction of the rows of evaluate.retention whose greedy completion equals the reference",
         TEXT_STAGES,
         "eval",
         "higher",
@@ -205,7 +205,7 @@ METRICS: tuple[Metric, ...] = (
         ("ppo",),
         "train",
     ),
-    Metric("loss", "", "TRL's loss of the trainer", ("rloo", "grpo"), "train"),
+    Metric("loss", "", "loss of TRL's trainer", ("rloo", "grpo"), "train"),
     Metric(
         "objective/reward",
         "reward",
@@ -217,7 +217,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/<name>",
         "reward",
-        "mean of each reward if there are several, length_penalty included",
+        "mean of each reward if there are several, including length_penalty",
         (*ONLINE, "rejection"),
         "both",
         "higher",
@@ -253,7 +253,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "objective/frac_reward_zero_std",
         "fraction",
-        "prompts whose completions all have the same reward",
+        "fraction of prompts whose completions all have the same reward",
         ("rloo", "grpo"),
         "train",
         "lower",
@@ -269,7 +269,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "objective/best_of_n_reward",
         "reward",
-        "mean over held-out prompts of the best of n rewards",
+        "mean over held-out prompts of the highest of n rewards",
         ("rejection",),
         "eval",
         "higher",
@@ -277,7 +277,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "gold/<name>",
         "grader's",
-        "mean of a grader, which is not optimized, over sampled completions",
+        "mean over sampled completions of a grader that is not optimized",
         ("ppo", "rejection"),
         "eval",
         "higher",
@@ -287,7 +287,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/clip_frac",
         "fraction",
-        "tokens whose policy loss is clipped (arXiv 1707.06347, equation 7)",
+        "fraction of tokens whose policy loss is clipped (arXiv 1707.06347, equation 7)",
         ("ppo",),
         "train",
     ),
@@ -308,11 +308,11 @@ METRICS: tuple[Metric, ...] = (
         "train",
         "higher",
     ),
-    Metric("val/completion_length", "tokens", "mean tokens of a sampled completion", ONLINE),
+    Metric("val/completion_length", "tokens", "mean length of sampled completions", ONLINE),
     Metric(
         "val/eos_rate",
         "fraction",
-        "sampled completions that end with EOS",
+        "fraction of sampled completions that end with EOS",
         (*ONLINE, "rejection"),
         "both",
         "higher",
@@ -333,12 +333,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("val/ref_perplexity", "", "exp(-mean log pi_ref) of sampled tokens", ("ppo",), "both"),
     Metric("val/ref_perplexity", "", "exp(-mean log pi_ref) of sampled tokens", ("rloo", "grpo"), "eval"),
-    Metric("time/generation", "s", "seconds of sampling since the last rollout", ("ppo",), "train"),
-    Metric("time/scoring", "s", "seconds of rewards and forward passes over a rollout", ("ppo",), "train"),
+    Metric("time/generation", "s", "time of sampling since the last rollout", ("ppo",), "train"),
+    Metric("time/scoring", "s", "time of rewards and forward passes over a rollout", ("ppo",), "train"),
     Metric(
         "time/updates",
         "s",
-        "seconds of forward and backward passes since the last rollout",
+        "time of forward and backward passes since the last rollout",
         ("ppo",),
         "train",
     ),

@@ -35,8 +35,8 @@ class RewardSource(Section):
 
     run: NonEmptyStr | None = Field(
         None,
-        description="finished run of stage reward: its folder, or its name (or a prefix) in ./runs; "
-        "or reward/RECIPE, which is run first if it has no finished run",
+        description="finished run of stage reward: a run directory, its name in ./runs, or a prefix of the "
+        "name; or reward/RECIPE, which runs first if needed",
     )
     score: NonEmptyStr | None = Field(None, description="head or rule of the run; null: the total reward")
     function: NonEmptyStr | None = Field(
@@ -271,7 +271,7 @@ def _check_templates(settings: RewardSections) -> Iterator[Problem]:
 REWARD_RULES = (
     Rule(
         "rewards",
-        message="rewards are finished runs and functions that exist, with names of their own",
+        message="each reward is a finished run or an existing function, with a unique name",
         source="align/rl/rewards",
         find=_check_rewards,
         reads=("rewards",),
@@ -285,7 +285,7 @@ REWARD_RULES = (
     ),
     Rule(
         "reward-template",
-        message="reward models score the policy's text: they have its template",
+        message="reward models have the template of the policy, whose text they score",
         source="align/reward/shared_base.py",
         find=_check_templates,
         reads=("rewards", "data"),
