@@ -35,13 +35,13 @@ def load_recipe(
     """Load a recipe, as ``llm-align STAGE NAME --base .. --data .. section.key=value`` does.
 
     Args:
-        name: name of a recipe, or path of a YAML file; None: the quickstart, or for bases other than the
-            embedded one the stage's recipe on public data.
-        stage: the stage that runs it.
+        name: name of a recipe, or path of a YAML file. None: the quickstart, or with another base than the
+            embedded one, the stage's default recipe on public data.
+        stage: stage of the recipe.
         base: short name, Hub id or folder of the base model.
         data: Hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
-        init_from: finished run to initialize from: its folder, its name, or ``stage/recipe``.
+        init_from: parent run: its run directory, its name, or ``stage/recipe``.
         reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
             ``file.py:function``.
         out: the run directory.
@@ -65,10 +65,10 @@ def load_recipe(
 
 
 def load_tuned(directory: str | Path) -> "LoadedModel":
-    """Load a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
+    """Load a finished run with any adapter: the model, and the encoder of its template.
 
     Args:
-        directory: the run's folder, its name in ./runs, or a prefix of it (the newest run that matches).
+        directory: the run directory, its name in ./runs, or a prefix of the name (the newest match).
 
     Raises:
         UserError: there is no such run, or it is not finished.
@@ -84,10 +84,10 @@ def load_reward(directory: str | Path) -> "RewardModel":
     """Load a finished reward model; ``.score(prompts, completions)`` returns the reward of each completion.
 
     Args:
-        directory: the run's folder, its name in ./runs, or a prefix of it (the newest run that matches).
+        directory: the run directory, its name in ./runs, or a prefix of the name (the newest match).
 
     Raises:
-        UserError: there is no such run, or it is no finished reward model run.
+        UserError: there is no such run, or it is not a finished run of stage reward.
     """
     silence_libraries()
     from align.reward import scorer
@@ -102,19 +102,19 @@ def _find_finished_run(name: str | Path) -> Path:
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
     """Run a recipe and return its result; a finished run is returned at once.
 
-    If the recipe starts from another recipe's run (``model.init_from: sft/quickstart``), or takes its rewards
-    from one, that one runs first.
+    If the recipe needs the run of another recipe, as parent run (``model.init_from: sft/quickstart``) or as
+    reward, that recipe runs first.
 
     Args:
         recipe: from ``load_recipe``.
         force: start over even if a run of this recipe exists.
-        command: command for run.json.
+        command: the command that is recorded in run.json.
 
     Raises:
-        UserError: invalid settings or data, before anything is written.
+        UserError: invalid settings or data; nothing was written.
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
-        NotFiniteError: loss or gradient became NaN or infinite.
-        LostProcessError: one of several processes died.
+        NotFiniteError: the loss or the gradient became NaN or infinite.
+        LostProcessError: one of the run's processes died.
     """
     from rich.console import Console
 
@@ -155,9 +155,9 @@ def load_pipeline(
 
     Args:
         name: name of a pipeline, or path of a YAML file.
-        base: short name, Hub id or folder of the base model; any but the embedded one selects the stages on
-            public data, if the pipeline has them.
-        out: folder of the pipeline's report; the stages' runs are in ``runs/``.
+        base: short name, Hub id or folder of the base model. Another base than the embedded one selects the
+            stages on public data, if the pipeline has them.
+        out: directory of the pipeline's report; the stages' runs are in ``runs/``.
         settings: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
 
     Raises:
@@ -177,10 +177,10 @@ def run_pipeline(
     Args:
         pipeline: from ``load_pipeline``.
         force: start every stage over.
-        command: command for pipeline.json.
+        command: the command that is recorded in pipeline.json.
 
     Raises:
-        UserError: invalid settings or data; nothing is written if the first stage is rejected.
+        UserError: invalid settings or data; if it is raised by the first stage, nothing was written.
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """

@@ -13,12 +13,12 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import find_run
 
-FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
+FROM_HELP = "Parent run: run directory, name or prefix; or STAGE/RECIPE, which runs first if needed."
 STAGE_HELP = "Stage of the recipe."
 
 
 def stage_option(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return the stage that --stage names, by its name or by its verb."""
+    """Return the stage that --stage names, by its name or by its command."""
     return stage_of_verb(value)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
 def list_(kind: str | None, as_json: bool) -> None:
     """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
 
-    With KIND, list only that kind. `metrics` needs KIND.
+    With KIND, list only that kind. Metrics are listed only by `llm-align list metrics`.
     """
     from align.cli.listing import ON_REQUEST, names_by_kind, print_listing
 
@@ -134,7 +134,9 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
 @click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write the preview as an HTML page."
+)
 def data(
     arguments: tuple[str, ...],
     stage: str,
@@ -145,7 +147,7 @@ def data(
     as_json: bool,
     html: Path | None,
 ) -> None:
-    """Preview the tokenized data: rows with their loss mask, lengths, truncation, mixture, step count."""
+    """Preview the tokenized data: rows with loss mask, lengths, truncation, mixture, number of steps."""
     from rich.console import Console
 
     from align.cli.data_terminal import print_header, print_preview

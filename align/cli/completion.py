@@ -62,7 +62,7 @@ Examples:
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print a shell's completion script: verbs, recipes, options, bases, runs, settings and their values."""
+    """Print a shell's completion script for commands, recipes, options, bases, runs, settings and values."""
     root = context.find_root()
     program = str(root.info_name)
     shell_class = get_completion_class(shell)

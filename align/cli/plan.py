@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from align.planner.plan import Plan
 
 ADAPTER_HELP = "Adapter: a name of `llm-align list adapters`."
-GPU_HELP = "h100, a100-40g, rtx4090, ..., 24GB, cpu; default: this machine."
+GPU_HELP = "GPU to plan for: h100, a100-40g, rtx4090, ..., 24GB, or cpu; default: this machine."
 STRATEGY_HELP = "Sharding over processes: ddp, zero1, zero2, zero3, fsdp2."
 PLAN_EPILOG = """\b
 Examples:
@@ -37,7 +37,7 @@ Examples:
   llm-align plan alpaca --gpu rtx4090
   llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
   llm-align plan hh --stage ppo --gpu a100-40g --fit
-  llm-align plan --compatibility --stage dpo           which adapters, bases and strategies work together
+  llm-align plan --compatibility --stage dpo           supported adapters, bases and strategies
 \b
 Exit status: 0 fits, 3 does not fit, 2 an error in the recipe or the command.
 """
@@ -59,13 +59,23 @@ Exit status: 0 fits, 3 does not fit, 2 an error in the recipe or the command.
 @click.option("--data", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder.")
 @click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
 @click.option(
-    "--from", "start", metavar="RUN", shell_complete=complete_parent, help="Finished run to continue from."
+    "--from",
+    "start",
+    metavar="RUN",
+    shell_complete=complete_parent,
+    help="Parent run: run directory, name or prefix.",
 )
 @click.option("--gpu", metavar="G", shell_complete=complete_gpu, help=GPU_HELP)
-@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: the recipe's.")
+@click.option(
+    "--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: that of the recipe."
+)
 @click.option("--strategy", metavar="S", shell_complete=complete_strategy, help=STRATEGY_HELP)
 @click.option("--fit", is_flag=True, help="List alternative settings, the cheapest that fits first.")
-@click.option("--compatibility", is_flag=True, help="Show which settings the stage can combine, and why not.")
+@click.option(
+    "--compatibility",
+    is_flag=True,
+    help="Show the supported combinations of settings and the reasons for the others.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     words: tuple[str, ...],
@@ -81,7 +91,7 @@ def plan(
     compatibility: bool,
     as_json: bool,
 ) -> None:
-    """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    """Estimate memory, steps, tokens, time and disk space of a recipe; needs no GPU and loads no model."""
     stage, words = split_stage(stage, words)
     if compatibility:
         from align.planner.compatibility import show_compatibility

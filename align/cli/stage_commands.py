@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from align.required_runs import PlannedRun
 
 ADAPTER_HELP = "Adapter (see `llm-align list adapters`)."
-DRY_RUN_HELP = "Validate recipe, data files, required runs and launch, and print the settings; run nothing."
+DRY_RUN_HELP = "Validate recipe, data files, required runs and launch; print the settings and run nothing."
 REWARD_EXAMPLE = "reward.py:reward"
 REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
@@ -55,7 +55,7 @@ Examples:
 
 
 def add_stage_commands(group: click.Group) -> None:
-    """Add the verb of each stage, its aliases, and the old verbs, which name the new ones."""
+    """Add the command of each stage, its aliases, and the old commands, which name the new ones."""
     for stage, package in stage_names().items():
         group.add_command(_stage_command(stage, package))
     for alias, stage in ALIASES.items():
@@ -166,13 +166,13 @@ def _describe(run: "PlannedRun") -> str:
 
 
 def _renamed_command(stage: str) -> click.Command:
-    """Return the command of a stage's old verb, which names the new one."""
+    """Return a stage's old command, which names the new one."""
 
     # An old command line has options; they must reach the message below, not fail as unknown.
     @click.command(stage, hidden=True, context_settings={"ignore_unknown_options": True})
     @click.argument("words", nargs=-1)
     def command(words: tuple[str, ...]) -> None:
-        """Raise UserError with the stage's new verb."""
+        """Raise UserError with the stage's new command."""
         expected = f"llm-align {verb_of(STAGES[stage])}"
         raise UserError(Problem(f"llm-align {stage}", renamed_verb(stage), expected))
 
@@ -197,7 +197,7 @@ def run_command(
 ) -> None:
     """Run a pipeline: several stages in one file; a stage may start from an earlier stage's run.
 
-    Finished stages are identified by content and skipped; the same command resumes after an interruption.
+    Finished stages are skipped; they are identified by settings and data. The same command resumes.
     """
     from align.pipeline.plan import resolve_pipeline
     from align.pipeline.report import print_pipeline, print_pipeline_result

@@ -1,4 +1,4 @@
-r"""Direct preference optimization (DPO): raise the chosen completion over the rejected one, no reward model.
+r"""Direct preference optimization (DPO): trains on pairs or ranked lists, without a reward model.
 
 Rafailov et al. 2023 (arXiv 2305.18290), equation 7: L = -E log s(beta [log pi(y_w|x) / ref(y_w|x) - log
 pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initial policy. ``dpo.loss``

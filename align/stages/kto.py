@@ -1,4 +1,4 @@
-r"""Kahneman-Tversky optimization (KTO): completions labeled good or bad; no pairs, no reward model.
+r"""Kahneman-Tversky optimization (KTO): trains on completions labeled good or bad; needs no pairs.
 
 Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8: L = E[w_y - v(x, y)], v = w_D s(beta (r - z)) for good
 completions and w_U s(beta (z - r)) for bad ones, r = log pi(y|x) / ref(y|x), z the mean of r over mismatched

@@ -1,4 +1,4 @@
-r"""Proximal policy optimization (PPO): maximize a reward with a KL penalty to the reference policy.
+r"""Proximal policy optimization (PPO): maximizes a reward with a KL penalty to the reference policy.
 
 Ouyang et al. 2022 (arXiv 2203.02155), equation 2: maximize E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] over
 completions y sampled from the policy, with the clipped objective of Schulman et al. 2017 (arXiv 1707.06347,

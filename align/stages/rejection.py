@@ -1,4 +1,4 @@
-r"""Rejection sampling (best-of-n): sample completions, score them, fine-tune on the best ones.
+r"""Rejection sampling (best-of-n): samples completions, scores them, and fine-tunes on the best ones.
 
 RAFT (Dong et al. 2023, arXiv 2304.06767) and Llama 2's rejection sampling (Touvron et al. 2023,
 arXiv 2307.09288, section 3.2.3): y* = argmax_k r(x, y_k) of n completions y_k ~ pi(. | x), then supervised

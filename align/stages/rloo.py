@@ -1,4 +1,4 @@
-"""REINFORCE leave-one-out (RLOO): a completion's baseline is the mean reward of the others of its prompt.
+"""REINFORCE leave-one-out (RLOO): the baseline is the mean reward of the prompt's other completions.
 
 Ahmadian et al. 2024 (arXiv 2402.14740): of k completions y_i sampled from the policy, the gradient is
 sum_i (R(y_i) - mean_{j != i} R(y_j)) grad log pi(y_i|x) / k; R = r(x, y) - beta log(pi(y|x) / ref(y|x)).

@@ -78,12 +78,12 @@ def stage_names() -> dict[str, str]:
 
 
 def verb_of(stage: str) -> str:
-    """Return a stage's verb on the command line, its name with dashes."""
+    """Return a stage's command, its name with dashes."""
     return stage.replace("_", "-")
 
 
 def stage_of_verb(verb: str) -> str:
-    """Return the stage that a verb or an alias names."""
+    """Return the stage that a command or an alias names."""
     return ALIASES.get(verb, verb.replace("-", "_"))
 
 

@@ -1,4 +1,4 @@
-"""Continued pretraining: causal language modeling on your own text, with a loss on every token.
+"""Continued pretraining: causal language modeling on your own text, with loss on every token.
 
 The loss is the mean negative log-likelihood per token, L = -(1/N) sum_t log p(x_t | x_<t) (Gururangan et al.
 2020, arXiv 2004.10964). Conversations are rendered with `data.template`: continued pretraining on a task's

@@ -25,9 +25,9 @@ def exit_status() -> str:
     meanings = {
         0: "success",
         OUR_ERROR: "the run failed: an internal error, NaN, or a lost process",
-        USER_ERROR: "an error in the recipe, the data, the command or a Python function that the recipe "
-        "names; if the run had not started, nothing was written",
-        DOES_NOT_FIT: "`plan`: the run does not fit into memory",
+        USER_ERROR: "an error in the recipe, the data, the command or a Python function of the recipe; "
+        "nothing was written unless the run had started",
+        DOES_NOT_FIT: "`plan`: the run does not fit in memory",
         INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
     }
     return table(("status", "meaning"), [(str(status), text) for status, text in meanings.items()])
