@@ -234,7 +234,7 @@ def test_a_stage_without_labels_refuses_two_forward_passes(stage: str, tmp_path:
     (tmp_path / "good.py").write_text("def good(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     text = f"rewards: {{sources: '{tmp_path}/good.py:good'}}\n" if stage == "ppo" else ""
     two_passes = recipe(tmp_path, f"{text}adapter: {{method: adamix}}\n", stage=stage)
-    with pytest.raises(UserError, match="needs labels, and this stage has none") as error:
+    with pytest.raises(UserError, match="needs labels, which this stage does not have") as error:
         refuse_incompatible(two_passes, LAPTOP)
     [problem] = error.value.problems
     assert problem.where.startswith("adapter.consistency") and problem.repair == "adapter.consistency=false"
