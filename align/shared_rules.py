@@ -58,6 +58,18 @@ PREFERENCE_NEFTUNE = Rule(
     ),
 )
 
+RL_EXACT_MATCH = Rule(
+    "rl-exact-match",
+    {"evaluate.exact_match": bool},
+    source="align/rl/prompts.py: prompts without reference answers",
+    problem=Problem(
+        "evaluate.exact_match",
+        "{evaluate.exact_match}",
+        "0: prompts need no reference answer; use a grader or a reward",
+        "evaluate.exact_match=0",
+    ),
+)
+
 RL_LABEL_SMOOTHING = Rule(
     "rl-label-smoothing",
     {"train.label_smoothing": bool},

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
-from align.shared_rules import RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
+from align.shared_rules import RL_EXACT_MATCH, RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import NonNegativeFloat, Section, StageSettings, TrainSettings
@@ -108,9 +108,9 @@ def online_rules(section: str) -> tuple[Rule, ...]:
     return (
         *REWARD_RULES,
         ONLINE_NEFTUNE,
+        RL_EXACT_MATCH,
         RL_LABEL_SMOOTHING,
         GROUP_SIZE,
-        ONLINE_EXACT_MATCH,
         TRL_REFERENCE_ONLY,
         TRL_ONLY,
         Rule(
@@ -144,14 +144,4 @@ GROUP_SIZE = Rule(
     source="trl 1.16, trainer/grpo_config.py: generation_batch_size % num_generations",
     find=_check_group_size,
     reads=("train", "sampling"),
-)
-ONLINE_EXACT_MATCH = Rule(
-    "online-exact-match",
-    {"evaluate.exact_match": bool},
-    source="align/rl/prompts.py: prompts without reference answers",
-    problem=Problem(
-        "evaluate.exact_match",
-        "{evaluate.exact_match}",
-        "0: prompts need no reference answer; use a grader or a reward",
-    ),
 )

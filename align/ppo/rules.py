@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from align.ppo.settings import Settings
 from align.rl.rewards.run_info import reward_run_info
 from align.rl.rewards.settings import REWARD_RULES, RewardSource
-from align.shared_rules import CONSISTENCY, RL_LABEL_SMOOTHING
+from align.shared_rules import CONSISTENCY, RL_EXACT_MATCH, RL_LABEL_SMOOTHING
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem, UserError
 
@@ -76,6 +76,7 @@ RULES = (
             "train.neftune_alpha=null",
         ),
     ),
+    RL_EXACT_MATCH,
     RL_LABEL_SMOOTHING,
     CONSISTENCY,
     Rule(

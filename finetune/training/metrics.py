@@ -11,7 +11,8 @@ from typing import Literal
 EVAL_PREFIX, LOGGED_EVAL_PREFIX = "eval/", "eval_"
 GOLD_PREFIX = "gold/"
 """Graders that RL does not optimize (gold rewards of arXiv 2210.10760)."""
-SUPERVISED = ("sft", "pretrain", "chain_of_hindsight", "rejection")
+LABELED = ("sft", "pretrain", "chain_of_hindsight")
+SUPERVISED = (*LABELED, "rejection")
 TEXT_STAGES = (*SUPERVISED, "dpo", "kto", "ppo", "rloo", "grpo")
 ONLINE = ("ppo", "rloo", "grpo")
 EVERY_STAGE = (*TEXT_STAGES, "reward")
@@ -71,7 +72,7 @@ METRICS: tuple[Metric, ...] = (
         "exact_match",
         "fraction",
         "fraction of held-out prompts whose greedy completion equals the reference",
-        TEXT_STAGES,
+        (*LABELED, "dpo", "kto"),
         "eval",
         "higher",
     ),

@@ -64,7 +64,7 @@ VIOLATIONS: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
     "online-neftune": ("rloo", {"train": {"neftune_alpha": 5.0}}),
     "rl-label-smoothing": ("grpo", {"train": {"label_smoothing": 0.1}}),
     "group-size": ("grpo", {"train": {"batch_size": 31}}),
-    "online-exact-match": ("rloo", {"evaluate": {"exact_match": 5}, "data": {"held_out": 5}}),
+    "rl-exact-match": ("ppo", {"evaluate": {"exact_match": 5}, "data": {"held_out": 5}}),
     "grpo-reference-full": ("grpo", {"adapter": {"method": "full"}}),
     "rloo-reference-full": ("rloo", {"adapter": {"method": "full"}}),
     "kto-label-smoothing": ("kto", {"train": {"label_smoothing": 0.1}}),
