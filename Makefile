@@ -27,7 +27,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
 help:  ## show this help
 	@echo "make TARGET [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
 	@echo
-	@echo "  $(STAGES)   run a stage; without RECIPE, its quickstart: embedded model and data, offline, on the CPU"
+	@echo "  $(STAGES)   run a stage; without RECIPE, its quickstart: bundled model and data, offline, on the CPU"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -43,7 +43,7 @@ $(STAGES): $(READY)
 run: $(READY)  ## run a pipeline, several stages in one file: make run PIPELINE=zephyr BASE=mistral-7b
 	$(BIN)/llm-align run $(PIPELINE) $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-rlhf: $(READY)  ## run InstructGPT's pipeline on the embedded model: SFT, reward model, PPO
+rlhf: $(READY)  ## run InstructGPT's pipeline on the bundled model: SFT, reward model, PPO
 	$(BIN)/llm-align run instructgpt $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 list: $(READY)  ## list recipes, pipelines, adapters, templates, losses, bases, stages, runs
@@ -86,13 +86,13 @@ $(VENV)/.docs: $(READY)
 docs: $(VENV)/.docs  ## build the documentation site: build/site/index.html
 	$(BIN)/zensical build --strict
 
-tiny-base: $(READY)  ## train the embedded base model from scratch (about 40 minutes on two cores)
+tiny-base: $(READY)  ## train the bundled base model from scratch (about 40 minutes on two cores)
 	$(BIN)/python -m tools.tiny.train_base --out recipes/tiny/model
 
-tiny-data: $(READY)  ## regenerate the embedded data
+tiny-data: $(READY)  ## regenerate the bundled data
 	$(BIN)/python -m tools.tiny.data --out recipes/tiny/data
 
-compare: $(READY)  ## train every adapter on the embedded task: table and plot (about 40 minutes on two cores)
+compare: $(READY)  ## train every adapter on the bundled task: table and plot (about 40 minutes on two cores)
 	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 bench-%: $(READY)  ## run a benchmark against another program: make bench-sft

@@ -1,4 +1,4 @@
-"""Adapt and align language models: ``from align import load_recipe, plan, run, load_tuned``."""
+"""Fine-tune and align language models: ``from align import load_recipe, plan, run, load_tuned``."""
 
 from typing import TYPE_CHECKING, Any
 

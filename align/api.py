@@ -36,7 +36,7 @@ def load_recipe(
 
     Args:
         name: name of a recipe, or path of a YAML file. None: the quickstart, or with another base than the
-            embedded one, the stage's default recipe on public data.
+            bundled one, the stage's default recipe on public data.
         stage: stage of the recipe.
         base: short name, Hub id or folder of the base model.
         data: Hub id, file, folder, or a list of rows.
@@ -155,7 +155,7 @@ def load_pipeline(
 
     Args:
         name: name of a pipeline, or path of a YAML file.
-        base: short name, Hub id or folder of the base model. Another base than the embedded one selects the
+        base: short name, Hub id or folder of the base model. Another base than the bundled one selects the
             stages on public data, if the pipeline has them.
         out: directory of the pipeline's report; the stages' runs are in ``runs/``.
         settings: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.

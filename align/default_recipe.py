@@ -20,7 +20,7 @@ def default_recipe(stage: str, overrides: Mapping[str, Any]) -> tuple[str, list[
     Raises:
         UserError: --from is not a finished run.
     """
-    # The quickstart's data and learning rates are chosen for the embedded base.
+    # The quickstart's data and learning rates are chosen for the bundled base.
     base = overrides.get("model.base") or _base_of_parent(overrides.get("model.init_from"))
     if base in (None, EMBEDDED_BASE):
         return QUICKSTART, []

@@ -1,9 +1,9 @@
-"""All adapters on the embedded task with an equal budget: the same rows, batches and optimizer steps.
+"""All adapters on the bundled task with an equal budget: the same rows, batches and optimizer steps.
 
     make compare      or      python -m benchmarks.compare --steps 150
 
 Each adapter runs in a process of its own (for its own peak memory), on the quickstart's recipe, at several
-multiples of its default learning rate, of which the one with the lowest held-out loss counts: the embedded
+multiples of its default learning rate, of which the one with the lowest held-out loss counts: the bundled
 model is tiny and takes higher rates than the papers' models. Writes compare-DATE.json, .md and .png into
 benchmarks/results/.
 """
@@ -25,7 +25,7 @@ from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 
 RESULTS_DIR = Path(__file__).parent / "results"
 NEEDS_BIASES = "bitfit"
-"""Excluded: the embedded base has no bias terms."""
+"""Excluded: the bundled base has no bias terms."""
 
 COLUMN_TITLES = {
     "adapter": "adapter",

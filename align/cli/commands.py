@@ -36,7 +36,7 @@ PROGRAM = "llm-align"
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Adapt and align language models: one command per stage.
+    """Fine-tune and align language models: one command per stage.
 
     Recipes are YAML files: `llm-align list` lists them, `llm-align show RECIPE` prints one.
     """

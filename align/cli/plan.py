@@ -33,7 +33,7 @@ GPU_HELP = "GPU to plan for: h100, a100-40g, rtx4090, ..., 24GB, or cpu; default
 STRATEGY_HELP = "Sharding over processes: ddp, zero1, zero2, zero3, fsdp2."
 PLAN_EPILOG = """\b
 Examples:
-  llm-align plan                                       the embedded quickstart, on this machine
+  llm-align plan                                       the bundled quickstart, on this machine
   llm-align plan alpaca --gpu rtx4090
   llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
   llm-align plan hh --stage ppo --gpu a100-40g --fit

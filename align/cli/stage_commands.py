@@ -39,7 +39,7 @@ REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function
 
 STAGE_EPILOG = """\b
 Examples:
-  llm-align {stage}                                    the embedded quickstart, offline, on the CPU
+  llm-align {stage}                                    the bundled quickstart, offline, on the CPU
   llm-align {stage} {recipe} --base llama-2-7b{reward}
   llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
   llm-align {stage} {recipe} --from sft-quickstart{reward}          start from a finished run
@@ -47,7 +47,7 @@ Examples:
 
 RUN_EPILOG = """\b
 Examples:
-  llm-align run zephyr                                 the embedded model, offline, on the CPU
+  llm-align run zephyr                                 the bundled model, offline, on the CPU
   llm-align run zephyr dpo.train.epochs=2
   llm-align run zephyr --base mistral-7b               the same stages on public data
   llm-align run my.yaml --dry-run                      validate without running

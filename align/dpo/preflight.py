@@ -27,7 +27,7 @@ PREFERENCE_PROBE_TOKENS = 24
 PROBE_COMPLETIONS = 4
 """Completions of a group in a probe, at most."""
 LAYOUT_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1, "int8": 5e-1}
-"""Rounding tolerance, in nats, for a token's log-probability in two layouts or two batches: the embedded base
+"""Rounding tolerance, in nats, for a token's log-probability in two layouts or two batches: the bundled base
 gives 1e-5 in float32 and 6e-2 in bfloat16; completions that attend to each other give 1 and more."""
 REFERENCE_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
 """The same for the mean over a completion's tokens, where rounding averages out."""

@@ -52,7 +52,7 @@ class PipelineSettings(Section):
     stages: StageEntries = Field(
         description="name: {recipe: stage/recipe, from: NAME, reward: NAME, set: {...}}"
     )
-    public: StageEntries | None = Field(None, description="stages for bases other than the embedded one")
+    public: StageEntries | None = Field(None, description="stages for bases other than the bundled one")
 
 
 def pipeline_names() -> dict[str, Path]:

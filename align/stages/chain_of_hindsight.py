@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "hh"
-"""The default recipe for a base model other than the embedded one."""
+"""The default recipe for a base model other than the bundled one."""
 ORDER_STREAM = 5
 """Seed key of this random stream: independent of those that read and mix the data."""
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "ultrafeedback"
-"""The default recipe for a base model other than the embedded one."""
+"""The default recipe for a base model other than the bundled one."""
 
 
 class Settings(StageSettings):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "kto-mix"
-"""The default recipe for a base model other than the embedded one."""
+"""The default recipe for a base model other than the bundled one."""
 PositiveWeight = Annotated[float, Field(gt=0)]
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "hh"
-"""Default recipe for a base other than the embedded one."""
+"""Default recipe for a base other than the bundled one."""
 
 
 def build(ctx: RunContext[Settings]) -> Method:

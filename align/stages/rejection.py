@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.training.samples import GenerateFn
 
 PUBLIC = "llama2-chat"
-"""Default recipe for a base other than the embedded one."""
+"""Default recipe for a base other than the bundled one."""
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 """Random streams of training and evaluation completions."""
 

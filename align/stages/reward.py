@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "hh"
-"""Default recipe for bases other than the embedded one."""
+"""Default recipe for bases other than the bundled one."""
 
 
 def build(ctx: RunContext[Settings]) -> Method:

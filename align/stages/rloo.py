@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "hh"
-"""Default recipe for a base other than the embedded one."""
+"""Default recipe for a base other than the bundled one."""
 
 
 class Settings(OnlineSettings):

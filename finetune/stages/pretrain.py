@@ -9,7 +9,7 @@ from finetune.recipe.settings import DocumentSettings, StageSettings
 from finetune.stages.sft import build as build
 
 PUBLIC = "in-house"
-"""Default recipe if a base other than the embedded one is given without a recipe."""
+"""Default recipe if a base other than the bundled one is given without a recipe."""
 
 
 class Settings(StageSettings):

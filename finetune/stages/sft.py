@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finetune.training.stage import Method
 
 PUBLIC = "alpaca"
-"""Default recipe if a base other than the embedded one is given without a recipe."""
+"""Default recipe if a base other than the bundled one is given without a recipe."""
 MAX_LOSS_FOR_EXP = 700.0
 """exp() of a larger loss overflows a float."""
 

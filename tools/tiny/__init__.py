@@ -1,1 +1,1 @@
-"""The embedded base model `tiny`: generated bilingual text, datasets, and the training of the model."""
+"""The bundled base model `tiny`: generated bilingual text, datasets, and the training of the model."""

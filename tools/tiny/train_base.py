@@ -1,4 +1,4 @@
-"""Pretrain the embedded base model on generated text: `python -m tools.tiny.train_base --out FOLDER`."""
+"""Pretrain the bundled base model on generated text: `python -m tools.tiny.train_base --out FOLDER`."""
 
 import argparse
 import sys

@@ -24,7 +24,7 @@ LossSum = Callable[[Mapping[str, Tensor]], Tensor]
 """Summed loss of a batch, with gradient."""
 
 TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1, "int8": 2e-1}
-"""Relative differences that rounding explains (float32 may be TF32 on a GPU). The embedded base on a CPU has
+"""Relative differences that rounding explains (float32 may be TF32 on a GPU). The bundled base on a CPU has
 3e-6 in float32, 2e-3 in bfloat16, 4e-2 in int8; attention to a neighboring row makes 0.4."""
 SCALE = {"float16": 1024.0}
 """Loss scale of the probe: without it float16 gradients of a mean loss underflow (arXiv 1710.03740)."""
