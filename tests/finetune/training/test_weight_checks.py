@@ -100,6 +100,17 @@ def test_zero_resumes_only_its_own_shards(make_recipe: MakeRecipe, tmp_path: Pat
         run_on_processes(make_recipe, "run", 2, "zero2")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "strategy"), [(2, "fsdp2"), (2, "zero3"), (1, "auto")])
+def test_fsdp2_resumes_any_checkpoint(
+    make_recipe: MakeRecipe, num_processes: int, strategy: str, tmp_path: Path
+) -> None:
+    uninterrupted = run_on_processes(make_recipe, "whole", 1)
+    run_on_processes(make_recipe, "run", num_processes, strategy)
+    _interrupt_after(tmp_path / "run", 2)
+    assert_close_runs(uninterrupted, run_on_processes(make_recipe, "run", 2, "fsdp2"))
+
+
 def _interrupt_after(run: Path, step: int) -> None:
     """Turn a finished run into one that was interrupted after a step."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
