@@ -1,4 +1,4 @@
-r"""Chain of thought: question, then reasoning, then ``The answer is ...``; one exchange.
+r"""Chain of thought: question, then reasoning, then ``The answer is ...``; single-turn.
 
 The wording is that of Wei et al. 2022 (arXiv 2201.11903, appendix G), trained and not given in the prompt, as
 in Flan (Chung et al. 2022, arXiv 2210.11416); the answer is on its own line, as in some of Flan's phrasings,

@@ -1,4 +1,4 @@
-"""Anthropic's HH format: ``Human:`` and ``Assistant:``, a blank line before each; multi-turn.
+"""Anthropic's HH format: ``Human:`` and ``Assistant:``, each after a blank line; multi-turn.
 
 The reference is the data of anthropics/hh-rlhf (Bai et al. 2022, arXiv 2204.05862), where a dialogue begins
 with two line feeds.

@@ -1,4 +1,4 @@
-"""Escape turn markers and special tokens in the data's text (prompt injection)."""
+"""Escape turn markers and special tokens in the text of the data (prompt injection)."""
 
 import re
 from collections.abc import Iterable, Iterator

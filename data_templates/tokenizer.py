@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template (Jinja), as labeled segments.
+"""The chat template (Jinja) of the base's tokenizer, as labeled segments.
 
 The text is exactly what ``apply_chat_template`` returns, so that training, chat and every server with the
 same template agree. A reply begins at the end of the generation prompt for its turn, and ends with the

@@ -1,4 +1,4 @@
-"""Tool calls in ChatML, as Hermes and Qwen write them: signatures, ``<tool_call>``, ``<tool_response>``.
+"""Tool calls in ChatML, in the format of Hermes and Qwen: signatures, ``<tool_call>``, ``<tool_response>``.
 
 Calls and replies carry loss; signatures and tool responses do not. The reference is the chat template of
 Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the data layout is LLaMA-Factory's

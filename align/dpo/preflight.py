@@ -149,7 +149,7 @@ def check_preference_gradients(
 def check_policy_equals_reference(
     trainer: PreferenceTrainer, policy: Policy, used_rows: Sequence[int]
 ) -> CheckResult:
-    """Check that policy equals reference on the run's rows before step 0: margin 0, DPO loss ln 2.
+    """Check that policy and reference agree on the run's rows before step 0: margin 0, DPO loss ln 2.
 
     Forward pass, collator and loss are those of training; dropout is off.
 

@@ -46,7 +46,7 @@ def check_data(
 
 
 def check_margins(groups: PreferenceGroups, *, scale: float) -> CheckResult:
-    """Check that a comparison has a margin, if the loss scales margins; report how many have one."""
+    """Check that some comparison has a margin, if the loss scales margins; report how many have one."""
     has_score = np.isfinite(groups.scores)
     # reduceat takes the start of each group. No group is empty, where it would read the next one.
     all_scored = np.logical_and.reduceat(

@@ -34,7 +34,7 @@ def rrhf(
     rank_weight: NonNegativeSetting = 1.0,
     nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
-    """RRHF: hinge ranking on log-probabilities per token, and an NLL term on the best completion.
+    """RRHF: hinge ranking loss on log-probabilities per token, plus an NLL term on the best completion.
 
     v sum_{i better than j} max(0, p_j - p_i) - w p_best; arXiv 2304.05302, section 3, which adds both with
     weight 1 (code that follows the authors' weights the ranking with 100). The paper sums the best one's
@@ -50,7 +50,7 @@ def rrhf(
 def pro(
     lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)], *, nll_weight: NonNegativeSetting = 0.05
 ) -> LossOutput:
-    """PRO: each completion against all worse ones, sharper for larger score gaps; NLL term on the best.
+    """PRO: each completion against all worse ones, sharper for larger score gaps, plus NLL on the best.
 
     -sum_i log [exp(p_i t_i) / (exp(p_i t_i) + sum_{j worse than i} exp(p_j t_ij))] - w (K - 1)^2 log
     pi(y_best), t_ij = score_i - score_j and t_i the largest of them; arXiv 2306.17492, section 3 (its

@@ -25,7 +25,7 @@ from align.preference.losses.inputs import (
 
 
 def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
-    """Direct preference optimization: logistic loss on the margin. Beta: the paper's, appendix B.
+    """Direct preference optimization: logistic loss on the margin. Beta as in the paper, appendix B.
 
     -log s(beta m); arXiv 2305.18290, equation 7.
     """
@@ -54,7 +54,7 @@ def robust(
     beta: PositiveSetting = 0.1,
     label_smoothing: FlipRate = 0.1,
 ) -> LossOutput:
-    """Robust DPO: unbiased under labels that are swapped at random with a known rate e.
+    """Robust DPO: unbiased if labels are swapped at random with a known rate e.
 
     (-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e); arXiv 2403.00409, section 3.1; e = 0.1 there in
     section 6. It is not bounded below: beyond some margin it decreases linearly.
@@ -92,7 +92,7 @@ def ipo(
 
 
 def hinge(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
-    """RSO's normalized hinge: SLiC's loss on the margin over the reference. Beta: as in DPO.
+    """RSO's normalized hinge: SLiC's hinge loss on the margin relative to the reference. Beta as in DPO.
 
     max(0, 1 - beta m); arXiv 2309.06657, hinge-norm, with beta for its gamma.
     """
@@ -105,7 +105,7 @@ def slic(
     margin: NonNegativeSetting = 1.0,
     nll_weight: NonNegativeSetting = 0.5,
 ) -> LossOutput:
-    """SLiC-HF: hinge on the log-probabilities themselves, and an NLL term on the chosen completion.
+    """SLiC-HF: hinge loss on log-probabilities, plus an NLL term on the chosen completion.
 
     max(0, d - log pi(y_w) + log pi(y_l)) - w log pi(y_w); arXiv 2305.10425, section 2, where the last term
     is the SFT target's, for which we have y_w. d = 1 as in RSO's hinge; w = 1/2 is ours, so that the ranking
@@ -136,7 +136,7 @@ def cpo(
     beta: PositiveSetting = 0.1,
     nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
-    """CPO: DPO with a uniform reference, and an NLL term on the chosen completion.
+    """CPO: DPO with a uniform reference, plus an NLL term on the chosen completion.
 
     -log s(beta (log pi(y_w) - log pi(y_l))) - w log pi(y_w) / |y_w|; arXiv 2401.08417, equation 3 and its
     behavior cloning term, which the paper writes as a sum; TRL, from the authors' code, takes it per token,
@@ -154,7 +154,7 @@ def orpo(
     beta: PositiveSetting = 0.1,
     nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
-    """ORPO: SFT on the chosen completion, and the odds ratio against the rejected one.
+    """ORPO: SFT on the chosen completion, plus an odds ratio term against the rejected one.
 
     -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean
     of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
@@ -168,7 +168,7 @@ def orpo(
 
 
 def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
-    """APO-zero: chosen up, rejected down, independently; for chosen completions better than the model's.
+    """APO-zero: raises chosen and lowers rejected; for chosen completions better than the model's.
 
     1 - s(beta h(y_w)) + s(beta h(y_l)); arXiv 2408.06266, equation 7; beta in section 5.2.
     """
@@ -178,7 +178,7 @@ def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSe
 
 
 def apo_down(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
-    """APO-down: both down, the rejected one further; for a model better than the chosen completions.
+    """APO-down: lowers both, rejected more; for chosen completions worse than the model's.
 
     s(beta h(y_w)) + 1 - s(beta m); arXiv 2408.06266, equation 8; beta in section 5.2.
     """
@@ -192,7 +192,7 @@ def exo(
     beta: PositiveSetting = 0.1,
     label_smoothing: PositiveFlipRate = 1e-3,
 ) -> LossOutput:
-    """EXO on pairs: the reverse Kullback-Leibler divergence where conservative DPO has the forward one.
+    """EXO on pairs: the reverse KL divergence instead of the forward one of conservative DPO.
 
     q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta m); arXiv 2402.00856, equation 16; beta:
     appendix B; e must be above 0 (1e-3: TRL's). For margins far on either side the gradient vanishes.
@@ -210,7 +210,7 @@ def rpo(
     beta: PositiveSetting = 0.1,
     nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
-    """RPO: DPO plus an NLL term on the chosen completion, against falling chosen log-probabilities.
+    """RPO: DPO plus an NLL term that keeps the chosen log-probability from falling.
 
     -log s(beta m) - w log pi(y_w) / |y_w|; arXiv 2404.19733 (iterative reasoning preference optimization),
     equation 1, where the weight, 1, is on the other term; beta = 0.1 there.

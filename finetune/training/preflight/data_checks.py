@@ -178,7 +178,7 @@ def _percent(share: float) -> str:
 def check_vocab_size(
     used_ids: Collection[int], embedding: Tensor, *, trained: bool, added: Mapping[str, int], num_tokens: int
 ) -> CheckResult:
-    """Check that each token of the data has an embedding; none of these is both zero and frozen.
+    """Check that each token of the data has an embedding that is not both zero and frozen.
 
     Args:
         used_ids: the token ids in the data, and the stop tokens.

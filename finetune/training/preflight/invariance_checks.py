@@ -86,7 +86,7 @@ def check_micro_batch_invariance(
     tolerance: float,
     scale: float = 1.0,
 ) -> list[CheckResult]:
-    """Check that a batch has the loss and gradient of its micro-batches; ``items`` divides a step's loss."""
+    """Check that a batch has the loss and gradient of its micro-batches, as means over ``items``."""
     with preserve_state(model):
         loss = _backward(model, loss_sum, full_batch, scale / items)
         gradient_check = check_gradient_flow(model)
@@ -132,7 +132,7 @@ def _gradient_norm(model: nn.Module) -> float:
 def check_packing_isolation(
     model: nn.Module, rows: TokenizedRows, collate: Collator, *, tolerance: float
 ) -> CheckResult:
-    """Check packing isolation: packed rows have the logits that each row has in a batch of its own.
+    """Check packing isolation: packed rows have the same logits as each row in a separate batch.
 
     Args:
         model: base with adapter.

@@ -228,7 +228,7 @@ def takes_four_bits(method: str, family: str) -> str | None:
     """It trains on an NF4 base, whose bytes do not change."""
     allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
     if "nf4" not in allowed:
-        return f"it requires an unquantized base ({', '.join(allowed)})"
+        return "it requires an unquantized base"
     base = base_of(family, "nf4")
     assert any(isinstance(module, Linear4bit) for module in base.modules())
     codes = {name: w.data.clone() for name, w in base.named_parameters() if w.dtype == torch.uint8}
@@ -247,7 +247,7 @@ def takes_eight_bits(method: str, family: str) -> str | None:
     allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
     if "int8" not in allowed:
         kinds = ["unquantized" if kind == "none" else kind for kind in allowed]
-        return f"it supports only a base that is {' or '.join(kinds)}"
+        return f"it supports only bases that are {' or '.join(kinds)}"
     base = base_of(family, "int8")
     assert any(isinstance(module, Linear8bitLt) for module in base.modules())
     adapted = build(method, base)
@@ -260,7 +260,7 @@ def takes_eight_bits(method: str, family: str) -> str | None:
 def packs_rows(method: str, family: str) -> str | None:
     """Packed rows give the same loss as padded rows."""
     if not load_plugin(ADAPTERS, method, where="test").TRAITS.packing:
-        return "virtual tokens precede each row, and packed rows share one beginning"
+        return "each row needs its own virtual tokens, but packed rows would share one set"
     adapted = trained(method, family).model
     head = output_head(adapted.get_base_model())
     rows = [
