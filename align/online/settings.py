@@ -116,7 +116,7 @@ def online_rules(section: str) -> tuple[Rule, ...]:
         Rule(
             f"{section}-reference-full",
             {beta: bool, "traits.full_finetuning": (True,)},
-            source="trl 1.16, trainer/grpo_trainer.py: without an adapter, ref_model is loaded from the base",
+            source=f"trl 1.16, trainer/{section}_trainer.py: without an adapter, ref_model is the base",
             problem=Problem(
                 beta,
                 f"{{{beta}:g}} with adapter.method '{{adapter.method}}'",

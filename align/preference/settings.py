@@ -16,7 +16,7 @@ class PreferenceSettings(DataSettings):
     # Null: half, as in the DPO authors' code (max_length 512, max_prompt_length 256) and TRL's.
     max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="number of prompt tokens to keep, from the end, if prompt and completion exceed "
+        description="minimum number of prompt tokens to keep, from the end, if prompt and completion exceed "
         "max_length; null: half of max_length",
     )
     # The DPO loss compares completions of one prompt (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
