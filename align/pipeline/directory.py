@@ -28,7 +28,7 @@ class PipelineResult:
     """The result of a pipeline.
 
     Attributes:
-        directory: the pipeline's folder.
+        directory: the pipeline's directory.
         record: content of pipeline.json.
         stages: the result of each stage, by its name in the pipeline.
         samples: one entry per prompt: ``prompt``, ``expected``, ``replies`` (stage -> text) and ``rewards``

@@ -332,7 +332,7 @@ def _reward_problems(section: str, entries: list[StageEntry]) -> Iterator[Proble
     for entry in entries:
         where = f"{section}.{entry.name}.reward"
         if entry.rewards and not entry.takes_rewards:
-            actual = f"set, but stage {entry.stage} takes no rewards"
+            actual = f"set, but stage {entry.stage} does not use rewards"
             yield Problem(where, actual, "no reward", "remove it")
         for name in entry.rewards:
             # Names that do not exist are reported by `_reference_problems`.

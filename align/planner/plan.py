@@ -36,16 +36,16 @@ class Plan:
 
     Attributes:
         recipe: the planned recipe.
-        stage: what the plan knows of its stage.
+        stage: the stage-specific part of the plan.
         device: the device of each process.
         estimate: memory, parameters and speed of one optimizer step of one process.
         lengths: token lengths of the rows.
-        work: of the full run; None where the number of rows is unknown.
-        time: of the full run; None where speed or rows are unknown.
+        work: steps and tokens of the full run; None if the number of rows is unknown.
+        time: time of the full run; None if the speed or the number of rows is unknown.
         disk: bytes written, by kind.
         auto: values of settings that were ``auto``, with the reason for each.
         micro_batch_size: rows per micro-batch.
-        workload_of_rows: number of rows -> the workload of that micro-batch.
+        workload_of_rows: returns the workload of a micro-batch with this number of rows.
     """
 
     recipe: Recipe

@@ -142,25 +142,25 @@ def _to_attention_mask(mask: Tensor, decoder: PreTrainedModel) -> Tensor:
 def _implementation_reason(name: str | None) -> str:
     if name is None or name in MASKABLE_IMPLEMENTATIONS:
         return ""
-    return f"attention '{name}' takes no block mask (model.attention=sdpa does)"
+    return f"attention '{name}' does not support a block mask (model.attention=sdpa does)"
 
 
 def _architecture_reason(config: PretrainedConfig) -> str:
     if type(config) not in MODEL_MAPPING:
-        return f"unknown architecture '{config.model_type}': it may not take a block mask"
+        return f"unknown architecture '{config.model_type}': it may not support a block mask"
     architecture = MODEL_MAPPING[type(config)]
     accepted = inspect.signature(architecture.forward).parameters
     if has_recurrent_state(architecture):
         return f"'{config.model_type}' has a recurrent state, which ignores the mask"
     if not {"attention_mask", "position_ids"} <= set(accepted):
-        return f"'{config.model_type}' takes no position_ids, but they must restart for each completion"
+        return f"'{config.model_type}' does not accept position_ids, which must restart for each completion"
     return ""
 
 
 def _layer_reason(fields: Mapping[str, Any]) -> str:
     unsupported = sorted({*(fields.get("layer_types") or [])} - MASKABLE_LAYER_TYPES)
     if unsupported:
-        return f"layers of type {', '.join(unsupported)} take no block mask"
+        return f"layers of type {', '.join(unsupported)} do not support a block mask"
     if fields.get("alibi"):
         return "ALiBi biases by distance in the row, across completions"
     if any("conv" in name for name in fields):

@@ -66,10 +66,10 @@ class RewardModel:
         return [*self.normalization, *(rule.name for rule in self.rules), TOTAL]
 
     def score(self, prompts: Sequence[PromptInput], completions: Sequence[str]) -> dict[str, list[float]]:
-        """Score completions of prompts; consecutive completions of one prompt share its forward pass.
+        """Score completions of prompts; consecutive completions of one prompt share a forward pass.
 
         Args:
-            prompts: one per completion: a text (also an HH dialogue), or messages.
+            prompts: one per completion: a string (or an HH dialogue), or messages.
             completions: the texts to score.
 
         Returns:

@@ -29,7 +29,7 @@ def validation_problems(section: str, error: ValidationError, *, model: type[Bas
 
 
 def describe_expected(schema: Schema, root: Schema) -> str:
-    """Describe the accepted values of a setting: ``a whole number above 0, or auto``."""
+    """Describe the accepted values of a setting: ``an integer above 0, or auto``."""
     descriptions = [_describe_option(option, root) for option in _schema_options(schema, root)]
     return ", or ".join(dict.fromkeys(descriptions))
 
@@ -141,7 +141,7 @@ def _describe_option(option: Schema, root: Schema) -> str:
         return one_of(choices)
     kind = option.get("type")
     if kind in ("integer", "number"):
-        return _describe_number("a whole number" if kind == "integer" else "a number", option)
+        return _describe_number("an integer" if kind == "integer" else "a number", option)
     if kind == "array":
         return _describe_list(option, root)
     if kind == "object":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One error of the user: location, value found, value expected, repair."""
+    """One user error: location, value found, value expected, and a suggested fix (``repair``)."""
 
     where: str
     actual: str
@@ -34,7 +34,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """All problems that were found at once; the command line prints them and exits with status 2."""
+    """All problems found in the user's input; the command line prints them and exits with status 2."""
 
     def __init__(self, problems: Problem | Sequence[Problem]) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)

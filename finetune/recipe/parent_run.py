@@ -276,7 +276,7 @@ def _conflict_repair(parent: ParentRun) -> str:
     if not Path(parent.name).is_dir():
         return "omit it, or set model.init_from=null for a new adapter on the base"
     run = parent.name
-    return f"omit it; or `llm-align merge {run}`, then --base {run} in place of --from"
+    return f"omit it; or `llm-align merge {run}`, then --base {run} instead of --from"
 
 
 def _same_value(dotted: str, first: Any, second: Any) -> bool:

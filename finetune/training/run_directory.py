@@ -248,7 +248,7 @@ def _json_sha256(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """A run's folder, record (run.json), metrics (one entry per logged step) and samples."""
+    """A run's directory, record (run.json), metrics (one entry per logged step) and samples."""
 
     directory: Path
     record: dict[str, Any]
@@ -257,11 +257,11 @@ class Result:
 
     @property
     def adapter(self) -> Path:
-        """Return the adapter's folder for PEFT, or the model's after full fine-tuning."""
+        """Return the folder of the adapter (for PEFT), or of the model after full fine-tuning."""
         folder = self.directory / "adapter"
         return folder if folder.is_dir() else self.directory / "model"
 
     @classmethod
     def of(cls, run: RunDirectory) -> "Result":
-        """Read a finished run's folder."""
+        """Read the directory of a finished run."""
         return cls(run.path, run.record, run.metrics(), run.samples())

@@ -47,7 +47,7 @@ COMMAND_LINES = {
     "number in words": (words("train.epochs=two"), ["train.epochs", "'two'", "a number above 0"]),
     "negative number": (
         words("train.max_steps=-1"),
-        ["train.max_steps", "found -1", "a whole number above 0"],
+        ["train.max_steps", "found -1", "an integer above 0"],
     ),
     "share above one": (words("adapter.dropout=1.5"), ["adapter.dropout", "found 1.5", "not including, 1"]),
     "no such choice": (
@@ -139,7 +139,7 @@ CONTRADICTIONS = {
     ),
     "a tokenizer larger than the embeddings": (
         larger_tokenizer,
-        ["model.base", "512 embeddings for 601 tokens", "the data use Add", "resize_token_embeddings(601)"],
+        ["model.base", "512 embeddings for 601 tokens", "the data uses Add", "resize_token_embeddings(601)"],
     ),
     "unknown target modules": (
         words("adapter.target=[q_prj]"),

@@ -13,7 +13,7 @@ RowFields = Mapping[str, Any]
 SPEAKERS: dict[str, Role] = {HUMAN: "user", ASSISTANT: "assistant"}
 SPEAKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 DIALOGUE_EXPECTED = r"a dialogue that begins with '\n\nHuman:', a list of turns, or a column with the prompt"
-READ_AS_TEXT = "with a number or true/false in place of a completion's text, read as text"
+READ_AS_TEXT = "with a number or true/false instead of a completion's text, read as text"
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 """Label values in lower case: JSON booleans and their CSV forms."""

@@ -101,7 +101,7 @@ def _info_from_settings(settings: StageSettings) -> RewardRunInfo:
 
 
 def _wrong_stage(where: str, subject: str, stage: str) -> Problem:
-    actual = f"{subject} of stage {stage}, which is no reward model"
+    actual = f"{subject} of stage {stage}, which is not a reward model"
     return Problem(where, actual, "a run of stage reward, or reward/recipe", LIST_RUNS_HINT)
 
 

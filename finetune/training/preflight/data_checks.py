@@ -195,7 +195,7 @@ def check_vocab_size(
         texts = {token: text for text, token in added.items()}
         names = [texts.get(token, str(token)) for token in missing]
         actual = (
-            f"{rows} embeddings for {num_tokens} tokens of the tokenizer; the data use {first_few(names)}"
+            f"{rows} embeddings for {num_tokens} tokens of the tokenizer; the data uses {first_few(names)}"
         )
         repair = (
             "use the tokenizer of this base, or save the base again after "

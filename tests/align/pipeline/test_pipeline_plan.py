@@ -138,7 +138,7 @@ MISTAKES = {
     ),
     "rewards where none are taken": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, reward: r}\n",
-        ("stages.dpo.reward (own.yaml:3): set, but stage dpo takes no rewards",),
+        ("stages.dpo.reward (own.yaml:3): set, but stage dpo does not use rewards",),
     ),
     "a setting that the stage has not": (
         "stages:\n  sft: {recipe: sft/small, set: {train.epoch: 2}}\n",

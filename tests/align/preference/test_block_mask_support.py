@@ -40,8 +40,8 @@ UNSUPPORTED = [
     (RecurrentGemmaConfig(), "'recurrent_gemma' has a recurrent state"),
     (Qwen3NextConfig(), "'qwen3_next' has a recurrent state"),
     (Lfm2MoeConfig(), "convolutions"),
-    (BloomConfig(), "'bloom' takes no position_ids"),
-    (MptConfig(), "'mpt' takes no position_ids"),
+    (BloomConfig(), "'bloom' does not accept position_ids"),
+    (MptConfig(), "'mpt' does not accept position_ids"),
     (FalconConfig(alibi=True), "ALiBi"),
     (PretrainedConfig(), "unknown architecture"),
 ]
@@ -86,7 +86,7 @@ def test_implementations_without_a_mask_are_unsupported(name: str) -> None:
     config = AutoConfig.for_model("llama", attn_implementation=name)
     assert (
         block_mask_unsupported(config, max_positions=9)
-        == f"attention '{name}' takes no block mask (model.attention=sdpa does)"
+        == f"attention '{name}' does not support a block mask (model.attention=sdpa does)"
     )
 
 

@@ -76,7 +76,7 @@ FILES = [
             EMPTY: 43,
             "dropped: tie": 83,
             "dropped: empty turn in the prompt": 1,
-            "with a number or true/false in place of a completion's text, read as text": 6,
+            "with a number or true/false instead of a completion's text, read as text": 6,
         },
     ),
     (

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "wrong value in a mixture": (
         ["data.source=", "data.mix=[{source: a/b, rows: 0}]"],
-        ["data.mix[0].rows", "found 0", "a whole number above 0"],
+        ["data.mix[0].rows", "found 0", "an integer above 0"],
     ),
     "word in a mixture": (
         ["data.source=", "data.mix=[a/b]"],
@@ -109,17 +109,17 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         [
             "train.batch_size (my.yaml:3)",
             "the string '16'",
-            "a whole number above 0",
+            "an integer above 0",
             "write it without quotes",
         ],
     ),
-    "fraction for a count": (["train.batch_size=1.5"], ["found 1.5", "a whole number above 0"]),
+    "fraction for a count": (["train.batch_size=1.5"], ["found 1.5", "an integer above 0"]),
     "float for a count": (["train.batch_size=16.0"], ["found 16.0", "write 16"]),
     "null for a number": (
         ["train.learning_rate=null"],
         ["train.learning_rate (command line)", "found nothing (null)", "a number above 0"],
     ),
-    "true for a number": (["train.seed=true"], ["found true", "a whole number, 0 or more"]),
+    "true for a number": (["train.seed=true"], ["found true", "an integer, 0 or more"]),
     "number for a text": (
         ["model.revision=2"],
         ["model.revision", "found 2", "a string, or null", 'put it in quotes: revision: "2"'],
@@ -164,13 +164,13 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     # Ranges and choices.
     "negative rate": (["train.learning_rate=-1e-4"], ["found -0.0001", "a number above 0"]),
     "infinite rate": (["train.learning_rate=.inf"], ["found inf", "a number above 0"]),
-    "zero rank": (["adapter.rank=0"], ["adapter.rank", "found 0", "a whole number above 0"]),
+    "zero rank": (["adapter.rank=0"], ["adapter.rank", "found 0", "an integer above 0"]),
     "dropout of 1": (["adapter.dropout=1.0"], ["found 1.0", "but not including, 1"]),
     "held-out 150 %": (
         ["data.held_out=1.5"],
         ["data.held_out", "found 1.5", "0 or more", "but not including, 1", "a fraction (below 1)"],
     ),
-    "short rows": (["data.max_length=4"], ["found 4", "a whole number, 8 or more, or null"]),
+    "short rows": (["data.max_length=4"], ["found 4", "an integer, 8 or more, or null"]),
     "one checkpoint": (["train.keep_checkpoints=1"], ["found 1", "2 or more"]),
     "unknown precision": (
         ["model.precision=bf16"],
@@ -315,7 +315,7 @@ def test_an_error_in_a_union_is_reported_once(workspace):
     assert len(caught.value.problems) == 1
     assert str(caught.value) == (
         "data.held_out (command line): found -3\n"
-        "    expected: a whole number, 0 or more, or a number from 0 up to, but not including, 1, "
+        "    expected: an integer, 0 or more, or a number from 0 up to, but not including, 1, "
         "or a string (rows held out of training: a number, a fraction (below 1), or a file)"
     )
 

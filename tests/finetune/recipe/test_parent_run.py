@@ -352,7 +352,7 @@ def test_a_conflict_with_the_parent_is_one_problem(workspace: RunWorkspace, word
     message = workspace.problem(OTHER, FROM, word)
     assert message.startswith(actual) and message.count("expected:") == 1
     assert (
-        "`llm-align merge runs/sft-a-12345678`, then --base runs/sft-a-12345678 in place of --from" in message
+        "`llm-align merge runs/sft-a-12345678`, then --base runs/sft-a-12345678 instead of --from" in message
     )
 
 

@@ -141,7 +141,7 @@ def check_vocab(used: set[int], embedding: torch.Tensor, *, trained: bool = Fals
 def test_pain_11_a_token_without_an_embedding_is_named() -> None:
     result = check_vocab({BOS, EOS, 12}, torch.ones(12, 4))
     assert result.problem is not None and result.problem.where == "model.base"
-    assert result.detail == "12 embeddings for 13 tokens of the tokenizer; the data use <new>"
+    assert result.detail == "12 embeddings for 13 tokens of the tokenizer; the data uses <new>"
     assert "resize_token_embeddings(13)" in result.problem.repair
 
 

@@ -142,7 +142,7 @@ def test_pain_11_a_tokenizer_larger_than_the_embeddings_stops_the_run(
     stopped, base_folder: Path, tmp_path: Path
 ) -> None:
     error = stopped(model__base=str(larger(base_folder, tmp_path / "larger")))
-    assert "512 embeddings for 601 tokens of the tokenizer; the data use Please" in str(error)
+    assert "512 embeddings for 601 tokens of the tokenizer; the data uses Please" in str(error)
     assert "model.resize_token_embeddings(601)" in str(error)
 
 

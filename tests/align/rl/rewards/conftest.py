@@ -62,7 +62,7 @@ def whole_run(base_folder: Path, rewards_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def talker_run(base_folder: Path, rows_file: Path, rewards_folder: Path) -> Path:
-    """Return an sft run, which is no reward model."""
+    """Return an sft run, which is not a reward model."""
     settings = {
         "model.precision": "float32",
         "data.held_out": 0,
