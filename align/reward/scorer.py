@@ -1,7 +1,7 @@
 """Load a finished reward model and score completions: per head, per rule, and in total."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import nan
 from pathlib import Path
@@ -137,7 +137,8 @@ class RewardModel:
     def _encode(self, conversation: Sequence[Message], location: str) -> tuple[TokenIdList, TokenIdList]:
         """Return the token ids of prompt and reply, truncated as in training."""
         try:
-            encoded = self.encoder.encode(conversation)
+            before = [replace(turn, trained=False) for turn in conversation[:-1]]
+            encoded = self.encoder.encode([*before, conversation[-1]])
         except TemplateError as error:
             actual = f"template '{self.encoder.name}' cannot render it: {error}"
             raise UserError(Problem(location, actual, "turns that the template supports")) from error

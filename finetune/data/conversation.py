@@ -74,7 +74,8 @@ def render_reply(messages: Sequence[Message], encoder: "Encoder") -> list[Messag
     escaped.
     """
     end = max(index for index, turn in enumerate(messages) if turn.role in REPLY_ROLES)
-    segments, _ = encoder.segments(messages[: end + 1])
+    before = [replace(turn, trained=False) for turn in messages[:end]]
+    segments, _ = encoder.segments([*before, messages[end]])
     pairs = enumerate(pairwise(segments), 1)
     start = max(index for index, (previous, segment) in pairs if segment.reply and not previous.reply)
     reply_segments = (segment for segment in segments[start:] if segment.reply and segment.kind != "eos")

@@ -256,8 +256,19 @@ def _encode_conversations(
     loss_mask: list[bool] = []
     # Rows may be dropped here, so the cache has the indices of the others; their locations are in `rows`.
     offsets, row_ids = [0], []
-    conversations = [apply_loss_scope(row.messages, settings.loss_on) for row in rows]
-    for row_id, encoded in enumerate(encoder.encode_many(conversations)):
+    # Loss on all tokens needs one row, whatever its replies' flags.
+    scope = "last_assistant" if settings.loss_on == "all" else settings.loss_on
+    split = [encoder.split_replies(apply_loss_scope(row.messages, scope)) for row in rows]
+    parts = [(row_id, part) for row_id, conversations in enumerate(split) for part in conversations]
+    for row_id, conversations in enumerate(split):
+        if len(conversations) > 1:
+            report.count(
+                "are split into one row per reply (the template writes earlier replies differently)",
+                rows[row_id].location,
+            )
+    for (row_id, messages), encoded in zip(
+        parts, encoder.encode_many([part for _, part in parts]), strict=True
+    ):
         location = rows[row_id].location
         if isinstance(encoded, TemplateError):
             report.count("dropped: the template cannot render the conversation", f"{location}: {encoded}")
@@ -266,8 +277,10 @@ def _encode_conversations(
             report.count("have turns marked train=false, trained anyway because data.loss_on=all", location)
         if encoded.num_escaped:
             report.count("contain template markers in their text (escaped)", location)
-        if has_replies_without_loss(conversations[row_id], encoded.loss_mask):
+        if has_replies_without_loss(messages, encoded.loss_mask):
             report.count("have replies without loss in this template", location)
+        if encoded.num_left_out and messages is split[row_id][-1]:
+            report.count("have earlier thoughts that this template leaves out of later prompts", location)
         row_mask = build_loss_mask(encoded.loss_mask, settings.loss_on)
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.overflow]}", location)

@@ -42,11 +42,25 @@ NORMALIZATIONS: tuple[tuple[Callable[[str], str], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids and loss mask of a conversation, both of length T, and the number of escaped markers."""
+    """Token ids and loss mask of a conversation, both of length T.
+
+    ``num_escaped``: markers in its text. ``num_left_out``: thoughts and texts of earlier replies that the
+    template does not repeat.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
     num_escaped: int = 0
+    num_left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _RenderedRow:
+    """A conversation before it is tokenized."""
+
+    spans: list["_TokenSpan"]
+    num_escaped: int
+    num_left_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +139,15 @@ class Encoder:
             encoded += self._encode_chunk(conversations[start : start + CHUNK_SIZE])
         return encoded
 
+    def split_replies(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """Return one conversation for each trained reply where the template cannot train them in one row.
+
+        Most templates render a reply alike whatever follows; then the conversation is returned as it is.
+        """
+        if messages[0] == DOCUMENT_START:
+            return [list(messages)]
+        return self.template.split(self._with_system(messages))
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a generation prompt, up to the start of the reply."""
         return self.encode(with_control_suffix(messages, self.control_suffix)).input_ids
@@ -165,10 +188,12 @@ class Encoder:
             self._apply_chat_template, special_tokens=self.special_tokens, added_tokens=list(self._token_ids)
         )
 
-    def _apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _apply_chat_template(
+        self, messages: list[dict[str, Any]], opened: bool, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=opened
             )
         except Exception as error:  # a Jinja template may raise anything; its text is what the user needs
             raise TemplateError(
@@ -179,23 +204,22 @@ class Encoder:
     def _encode_chunk(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
         # The spans of all conversations go through the tokenizer in one batch.
         rendered = [self._render(messages) for messages in conversations]
-        span_lists = [[] if isinstance(row, TemplateError) else row[0] for row in rendered]
+        span_lists = [[] if isinstance(row, TemplateError) else row.spans for row in rendered]
         texts = [span for spans in span_lists for span in spans if not span.ids]
         encoded = iter(self._encode_texts(texts))
         chunk: list[Encoded | TemplateError] = []
         for row, spans in zip(rendered, span_lists, strict=True):
             span_ids = [span.ids or next(encoded) for span in spans]
-            chunk.append(
-                row if isinstance(row, TemplateError) else self._concat_spans(spans, span_ids, row[1])
-            )
+            chunk.append(row if isinstance(row, TemplateError) else self._concat_spans(row, span_ids))
         return chunk
 
-    def _render(self, messages: Sequence[Message]) -> tuple[list[_TokenSpan], int] | TemplateError:
+    def _render(self, messages: Sequence[Message]) -> _RenderedRow | TemplateError:
         try:
             segments, num_escaped = self.segments(messages)
+            num_left_out = self.template.num_left_out(self._with_system(messages))
         except TemplateError as error:
             return error
-        return self._merge_segments(segments), num_escaped
+        return _RenderedRow(self._merge_segments(segments), num_escaped, num_left_out)
 
     def segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
         """Return a conversation's segments and the number of escaped markers in its text.
@@ -206,11 +230,14 @@ class Encoder:
         template = self.template
         if messages and messages[0] == DOCUMENT_START:
             template = replace(template, render=render_document)
-        # A system turn of the data wins over the recipe's.
-        elif self.system and messages and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
-        normalized = [self._normalize(message) for message in messages]
+        normalized = [self._normalize(message) for message in self._with_system(messages)]
         return render(template, normalized, special_tokens=self.special_tokens)
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Prepend the recipe's system text; a system turn of the data wins over it."""
+        if not self.system or not messages or messages[0].role == "system" or messages[0] == DOCUMENT_START:
+            return messages
+        return [Message("system", self.system), *messages]
 
     def _normalize(self, message: Message) -> Message:
         """Apply the tokenizer's own normalizations, so that markers it would see are found in the text."""
@@ -274,11 +301,11 @@ class Encoder:
         return [(span.preceding, [self._token_ids[span.preceding]]), *self._anchors]
 
     def _concat_spans(
-        self, spans: Sequence[_TokenSpan], span_ids: Sequence[list[int] | TemplateError], num_escaped: int
+        self, row: _RenderedRow, span_ids: Sequence[list[int] | TemplateError]
     ) -> Encoded | TemplateError:
         ids: list[int] = []
         loss_mask: list[bool] = []
-        for span, piece in zip(spans, span_ids, strict=True):
+        for span, piece in zip(row.spans, span_ids, strict=True):
             if isinstance(piece, TemplateError):
                 return piece
             if not span.ids and self._has_injected_token(span.text, piece):
@@ -286,7 +313,7 @@ class Encoder:
                 return TemplateError(f"{actual} (it normalizes the text first); remove those characters")
             ids += piece
             loss_mask += [span.trained] * len(piece)
-        return Encoded(ids, loss_mask, num_escaped)
+        return Encoded(ids, loss_mask, row.num_escaped, row.num_left_out)
 
     def _has_injected_token(self, text: str, ids: Sequence[int]) -> bool:
         """Return True if there are more special ids than special tokens in the (escaped) text."""
