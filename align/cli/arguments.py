@@ -81,7 +81,8 @@ def recipe_from_arguments(
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise click.UsageError(
-            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE"
+            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE, "
+            "with quotes around a value that has spaces"
         )
     overrides = [argument for argument in arguments if "=" in argument]
     name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)

@@ -128,7 +128,7 @@ class HeldOutEvaluation:
 
 
 def check_initial_ratio(ctx: RunContext[Settings], precision: str, error: float) -> None:
-    """Check once that the first update's ratios to the sampling policy are 1.
+    """Check that the ratios of the first update to the sampling policy are 1, once per run.
 
     Args:
         ctx: context of the run.

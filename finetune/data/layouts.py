@@ -183,9 +183,10 @@ def match_layout(
     for ours, theirs in (columns or {}).items():
         if theirs not in names:
             actual = f"'{ours}' is mapped to '{theirs}', but {where} has no such column"
-            raise UserError(
-                Problem("data.columns", actual, f"one of {', '.join(names)}", did_you_mean(theirs, names))
-            )
+            hint = did_you_mean(theirs, names)
+            if ours in names:
+                hint = f"the layout's name is on the left: 'data.columns={{{theirs}: {ours}}}'"
+            raise UserError(Problem("data.columns", actual, f"one of {', '.join(names)}", hint))
     # A mapped column counts under its new name only.
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
     for layout in layouts:

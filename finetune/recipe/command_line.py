@@ -157,6 +157,7 @@ def _held_out_file_keys(values: SectionValues, overridden: set[str]) -> list[tup
     return [
         ("data.held_out", REPLACED_DATA),
         ("evaluate.exact_match", reason),
+        ("evaluate.graders", reason),
         ("train.evaluate_every", reason),
     ]
 

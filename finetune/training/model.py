@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettin
 from finetune.training import auto_values
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
 
+HUB_REPAIR = "accept the license of a gated model and log in (hf auth login); offline: --base FOLDER"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -296,6 +298,8 @@ class _LoadErrors:
             where = f"model.base '{self.settings.base}'"
             # Errors of the hub run over many lines.
             actual = " ".join(str(error).split())[:300]
-            raise UserError(
-                Problem(where, actual, "a causal language model in safetensors, with its tokenizer")
-            ) from error
+            expected = "a causal language model in safetensors, with its tokenizer"
+            # The Hub's errors are OSErrors; a ValueError is about the content of a downloaded file.
+            from_hub = isinstance(error, OSError) and not Path(resolve_base(self.settings.base)).is_dir()
+            repair = HUB_REPAIR if from_hub else ""
+            raise UserError(Problem(where, actual, expected, repair)) from error

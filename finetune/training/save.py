@@ -28,7 +28,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_policy(ctx: RunContext, text: TextEncoding, policy: Policy) -> None:
-    """Save the adapter (or the model), reload it to verify it, and record its checksums.
+    """Save the adapter (or the model), compare the reloaded file with it, and record its checksums.
 
     Raises:
         UserError: the saved weights differ from the trained ones.

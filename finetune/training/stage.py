@@ -235,7 +235,7 @@ def count_steps(ctx: "RunContext", method: Method) -> int:
 
 
 def check_environment(ctx: "RunContext", policy: "Policy") -> None:
-    """Log the model's size, and record precision, device and library versions as the first check."""
+    """Report precision, device and library versions as the first check; log the model's size."""
     from finetune.training.model import count_parameters
     from finetune.training.preflight.checks import CheckResult
 

@@ -38,6 +38,10 @@ COMMAND_LINES = {
     "unknown recipe": (line("sft", "alpca"), ["recipe 'alpca'", "did you mean 'alpaca'?"]),
     "missing recipe file": (line("sft", "god.yaml"), ["god.yaml: no such file", "did you mean 'good"]),
     "two recipes": (words("alpaca"), ["expected one RECIPE, found good.yaml, alpaca"]),
+    "value without quotes": (
+        words("data.columns={instruction:", "Q,", "output:", "A}"),
+        ["expected one RECIPE, found good.yaml, Q,, output:, A}", "quotes around a value that has spaces"],
+    ),
     "unknown section": (
         words("trian.epochs=2"),
         ["trian.epochs", "unknown section", "did you mean 'train'?"],
@@ -262,7 +266,7 @@ DATA = {
 BASES = {
     "unknown short name": (words("--base", "lama-2-7b"), ["model.base", "did you mean 'llama-2-7b'?"]),
     "no such folder": (words("--base", "./nowhere"), ["model.base", "'./nowhere' is not a folder"]),
-    "Hub id that is not cached": (words("--base", "nobody/nothing"), ["model.base 'nobody/nothing'"]),
+    "Hub id that is not cached": (words("--base", "nobody/nothing"), ["model.base 'nobody/nothing'", "hf auth login"]),
     "no config": (base_without("config.json"), ["model.base", "has no config.json", "save_pretrained"]),
     "no weights": (base_without("*.safetensors"), ["model.base 'broken'", "safetensors"]),
     "no tokenizer": (base_without("tokenizer*"), ["model.base 'broken'", "tokenizer"]),

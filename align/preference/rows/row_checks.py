@@ -54,7 +54,7 @@ def require_both_labels(data: PreparedPreferences) -> None:
 def check_label_balance(
     rows: PreferenceGroups, *, desirable_weight: float, undesirable_weight: float
 ) -> CheckResult:
-    """Check the ratio of desirable to undesirable weight, and suggest the paper's if it is out of range."""
+    """Check that good and bad completions have the paper's ratio of weights, or suggest a weight."""
     num_good = int((rows.scores == 1).sum())
     num_bad = len(rows) - num_good
     # lambda_D n_D / (lambda_U n_U)

@@ -172,7 +172,7 @@ class Rewards:
         *,
         expected: Sequence[str | None] | None = None,
     ) -> CheckResult:
-        """Check the rewards on empty completions of some prompts: a policy may sample EOS at once.
+        """Check that every reward scores empty completions of some prompts: a policy may sample EOS at once.
 
         Args:
             prompts: conversations that end with a user turn.

@@ -131,6 +131,14 @@ def test_mapping_to_a_missing_column_suggests_the_closest_name():
     assert "did you mean 'question'?" in text
 
 
+def test_mapping_in_the_wrong_direction_is_turned_around():
+    with pytest.raises(UserError) as caught:
+        detect_layout(["ticket", "reply"], columns={"ticket": "instruction"}, where="my.csv")
+    assert "repair:   the layout's name is on the left: 'data.columns={instruction: ticket}'" in str(
+        caught.value
+    )
+
+
 ALPACA = {"instruction": "q", "output": "a"}
 CHAT = {"messages": [{"role": "user", "content": "q"}]}
 

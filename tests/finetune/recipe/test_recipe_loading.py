@@ -147,6 +147,13 @@ def test_other_data_drops_keys_of_the_old_data(full):
     assert data.template == "plain"
 
 
+def test_own_pairs_in_the_dpo_quickstart_leave_out_its_graders():
+    # They grade stories, on held-out prompts that the recipe's file has and the user's pairs do not.
+    recipe = read_recipe("dpo", "quickstart", shortcuts={"data.source": "owner/pairs"})
+    assert recipe.settings.evaluate.graders == {} and recipe.settings.data.held_out == 0
+    assert any(note.startswith("evaluate.graders=") for note in recipe.notes)
+
+
 def test_other_data_with_held_out_rows_retains_the_evals(full):
     recipe = full("data.held_out=0.5", data__source="other.jsonl")
     assert recipe.settings.evaluate.exact_match == 5 and recipe.settings.data.held_out == 0.5
