@@ -88,8 +88,9 @@ def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     )
     if preview_data["prompts"]:
         return
+    epochs = preview_data["epochs"]
     console.print(
-        f"{preview_data['epochs']:.3g} epochs in batches of {preview_data['batch_size']}: "
+        f"{epochs:.3g} epoch{'' if epochs == 1 else 's'} in batches of {preview_data['batch_size']}: "
         f"[bold]{preview_data['steps']:,}[/] "
         f"optimizer steps, [bold]{preview_data['token_budget']:,}[/] tokens, "
         f"{preview_data['trained_token_budget']:,} of them trained",

@@ -266,7 +266,10 @@ DATA = {
 BASES = {
     "unknown short name": (words("--base", "lama-2-7b"), ["model.base", "did you mean 'llama-2-7b'?"]),
     "no such folder": (words("--base", "./nowhere"), ["model.base", "'./nowhere' is not a folder"]),
-    "Hub id that is not cached": (words("--base", "nobody/nothing"), ["model.base 'nobody/nothing'", "hf auth login"]),
+    "Hub id that is not cached": (
+        words("--base", "nobody/nothing"),
+        ["model.base 'nobody/nothing'", "hf auth login"],
+    ),
     "no config": (base_without("config.json"), ["model.base", "has no config.json", "save_pretrained"]),
     "no weights": (base_without("*.safetensors"), ["model.base 'broken'", "safetensors"]),
     "no tokenizer": (base_without("tokenizer*"), ["model.base 'broken'", "tokenizer"]),

@@ -1,5 +1,6 @@
 """The generated parts of the pages equal what the code says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ def test_page_is_up_to_date(page: str) -> None:
 def test_every_part_is_closed(page: str) -> None:
     text = Path(ROOT, page).read_text(encoding="utf-8")
     assert text.count("<!-- generated: ") == text.count("<!-- end -->") == len(BLOCK.findall(text))
+
+
+def test_every_line_of_a_check_is_explained() -> None:
+    # The name is the first argument of the result, as text or as a constant of the module.
+    result = re.compile(r'\b(?:CheckResult|failed|_check_agreement)\(\s*("[^"]+"|[A-Z_]+)')
+    constant = re.compile(r'^([A-Z_]+) = ("[^"]+")$', re.M)
+    names = set()
+    for file in [*ROOT.glob("align/**/*.py"), *ROOT.glob("finetune/**/*.py")]:
+        text = file.read_text(encoding="utf-8")
+        constants = dict(constant.findall(text))
+        names |= {constants.get(name, name).strip('"') for name in result.findall(text)}
+    page = Path(ROOT, "docs/guarantees.md").read_text(encoding="utf-8")
+    assert not [name for name in sorted(names) if f"| `{name}` |" not in page] and len(names) > 15
 
 
 def test_every_generator_is_used() -> None:
