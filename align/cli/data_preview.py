@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
+from numpy.typing import NDArray
 
 import finetune.training
+from align.preference.rows.comparison_rows import PreferenceKind
 from align.preference.rows.dataset import to_completion_rows
-from align.preference.rows.prepare import PreferenceKind, prepare_preferences
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
 from align.rl.prompts import Prompts, prepare_prompts, resolve_max_prompt_length
 from align.rl.settings import PromptSettings, SamplingSettings
@@ -102,7 +104,7 @@ def _training_budget(report: DataReport, count: int, train: TrainSettings) -> Pr
 class BatchItems:
     """The items of a batch: source and first row of each; a comparison has one row per completion."""
 
-    sources: Sequence[int]
+    sources: Sequence[int] | NDArray[np.int32]
     rows: Sequence[int]
 
 
@@ -177,9 +179,11 @@ def write_page(preview_data: PreviewData, path: Path) -> None:
         raise UserError(Problem(f"--html {path}", actual, "a file in an existing folder")) from error
 
 
-def _rows_to_show(sources: Sequence[int], count: int) -> list[int]:
+def _rows_to_show(sources: Sequence[int] | NDArray[np.int32], count: int) -> list[int]:
     """Return evenly spaced rows to show, alternating between sources."""
-    rows_by_source = [np.flatnonzero(np.asarray(sources) == number) for number in sorted(set(sources))]
+    rows_by_source = [
+        np.flatnonzero(np.asarray(sources) == number) for number in np.unique(np.asarray(sources))
+    ]
     rows_per_source = -(-count // len(rows_by_source))
     shown = [
         rows[np.linspace(0, len(rows) - 1, min(rows_per_source, len(rows)), dtype=int)]
@@ -199,7 +203,7 @@ def _shown_row(rows: TokenizedRows, index: int, encoder: Encoder) -> PreviewData
         spans.append({"text": _text_between(ids, span_start, span_end, encoder), "trained": is_trained})
     return {
         "where": rows.locations[index],
-        "source": rows.source_ids[index],
+        "source": int(rows.source_ids[index]),
         "tokens": len(ids),
         "trained_tokens": sum(loss_mask),
         "pieces": spans,

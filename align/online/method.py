@@ -123,7 +123,7 @@ class OnlineRL:
             method, beta_key = settings.adapter.method, f"{self.loss.SECTION}.beta"
             ctx.check(
                 check_trl_reference(
-                    self.policy, prompts.rows, sampling, seed=train.seed, method=method, beta_key=beta_key
+                    self.policy, prompts, sampling, seed=train.seed, method=method, beta_key=beta_key
                 )
             )
         return trainer

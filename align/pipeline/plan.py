@@ -10,7 +10,7 @@ from typing import Any
 from align.default_recipe import EMBEDDED_BASE
 from align.pipeline.entries import BASE_KEY, StageEntry, parse_entries
 from align.pipeline.file import find_pipeline, read_pipeline
-from finetune.data.sources import data_fingerprint
+from finetune.data.files import data_fingerprint
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.command_line import COMMAND_LINE

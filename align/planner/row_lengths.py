@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from align.planner.row_texts import RowText, load_training_rows, row_renderer
-from finetune.data.sources import data_files
+from finetune.data.files import data_files
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import PROJECT, local_path

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from align.preference.rows.comparisons import Comparison, build_comparisons, split_pair
-from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS
+from align.preference.rows.comparison_rows import ComparisonRows
 from align.preference.settings import PreferenceSettings
-from align.rl.prompt_layouts import PROMPT_LAYOUTS
+from align.rl.prompt_rows import PromptRows
 from align.rl.settings import PromptSettings
 from data_templates.segments import REPLY_ROLES, Message, Template, TemplateError, render, render_document
-from finetune.data.layouts import match_layout, parse_rows
-from finetune.data.load import load_conversations, num_held_out, read_rows_of, source_specs
+from finetune.data.conversation_rows import ConversationRows
+from finetune.data.load import load_rows
 from finetune.data.report import DataReport
 from finetune.recipe.discovery import TEMPLATES, load_plugin
 from finetune.recipe.settings import DataSettings
@@ -54,53 +52,16 @@ def load_training_rows(settings: DataSettings, seed: int, *, labels: bool = Fals
     Raises:
         UserError: mistakes in the data, with file, line and field.
     """
+    reports = DataReport(), DataReport()
     if isinstance(settings, PreferenceSettings):
-        preference_rows = _load_comparisons(settings, seed, labels=labels)
-        return _drop_held_out([PlannedRow(row.prompt, row.replies) for row in preference_rows], settings)
+        kind = ComparisonRows(settings, "labels" if labels else "rankings")
+        comparisons, _ = load_rows(kind, settings, seed, *reports)
+        return [PlannedRow(row.prompt, row.replies) for row in comparisons]
     if isinstance(settings, PromptSettings):
-        return _drop_held_out(_prompt_rows(settings, seed), settings)
-    train, _ = load_conversations(settings, seed, DataReport(), DataReport())
-    return [PlannedRow(row.messages, document=row.is_document) for row in train]
-
-
-def _load_comparisons(settings: PreferenceSettings, seed: int, *, labels: bool) -> list[Comparison]:
-    report, comparison_rows = DataReport(), []
-    layouts: Any = (*LABELED, *PAIRS) if labels else RANKINGS
-    for index, source_spec in enumerate(source_specs(settings)):
-        rows = read_rows_of(source_spec, index, seed)
-        names = list(rows[0].columns)
-        layout = match_layout(names, layouts, columns=source_spec.columns, where=source_spec.name, repair="")
-        parsed_rows = zip(
-            parse_rows(rows, layout, source_spec.columns), (row.location for row in rows), strict=True
-        )
-        for row in build_comparisons(list(parsed_rows), settings, source=index, report=report):
-            # KTO trains on each completion of a comparison separately.
-            comparison_rows += split_pair(row) if labels and len(row.replies) > 1 else [row]
-    return comparison_rows
-
-
-def _prompt_rows(settings: PromptSettings, seed: int) -> list[PlannedRow]:
-    prompt_rows = []
-    for index, source_spec in enumerate(source_specs(settings)):
-        rows = read_rows_of(source_spec, index, seed)
-        names = list(rows[0].columns)
-        layout = match_layout(
-            names, PROMPT_LAYOUTS, columns=source_spec.columns, where=source_spec.name, repair=""
-        )
-        conversations = parse_rows(rows, layout, source_spec.columns)
-        prompt_rows += [
-            # A final reply of the data is not part of the prompt.
-            PlannedRow(conversation[:-1] if conversation[-1].role in REPLY_ROLES else conversation)
-            for conversation in conversations
-            if conversation
-        ]
-    return prompt_rows
-
-
-def _drop_held_out(rows: list[PlannedRow], settings: DataSettings) -> list[PlannedRow]:
-    """Drop as many rows as are held out; which ones does not matter for a plan."""
-    held_out = settings.held_out
-    return rows if isinstance(held_out, str) else rows[num_held_out(len(rows), held_out) :]
+        prompts, _ = load_rows(PromptRows(), settings, seed, *reports)
+        return [PlannedRow(row.prompt) for row in prompts]
+    conversations, _ = load_rows(ConversationRows(), settings, seed, *reports)
+    return [PlannedRow(row.messages, document=row.is_document) for row in conversations]
 
 
 def row_renderer(name: str) -> Callable[[PlannedRow], RowText]:

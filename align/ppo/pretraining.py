@@ -8,12 +8,12 @@ from torch import Tensor
 from align.ppo.rollout_order import rollout_prompt_indices
 from align.ppo.settings import Settings
 from finetune.data.collate import PaddedCollator
-from finetune.data.dataset import TokenizedRows, tokenize_conversations
+from finetune.data.conversation_rows import load_conversations
+from finetune.data.dataset import Conversations, TokenizedRows, tokenize_conversations
 from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT
-from finetune.data.load import SourceSpec, load_source
+from finetune.data.load import SourceSpec
 from finetune.data.report import DataReport
 from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
-from finetune.recipe.settings import DataSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import loss_positions
 from finetune.training.model import TextEncoding
@@ -87,10 +87,8 @@ def load_pretraining_mix(ctx: RunContext[Settings], text: TextEncoding) -> Pretr
     # Texts too: InstructGPT mixes the pretraining distribution.
     layouts = (*CONVERSATION_LAYOUTS, DOCUMENT)
     spec = SourceSpec("pretraining.source", mix.source, "train", None, None, layouts=layouts)
-    rows = load_source(spec, report, seed=seed)
-    data = tokenize_conversations(
-        rows, [], DataSettings(), text.encoder, max_length=text.max_length, reports=(report, DataReport())
-    )
+    kind = Conversations(text.encoder, text.max_length)
+    data = tokenize_conversations(load_conversations(spec, 0, seed, report).rows, kind, report)
     ctx.log(f"pretraining: {'; '.join(report.lines())}")
     return PretrainingMix(
         data.train, PaddedCollator(text.encoder.stop_ids[0]), mix.batch_size, mix.weight, seed

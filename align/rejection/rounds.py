@@ -16,13 +16,12 @@ from align.rl.rewards.loading import load_rewards
 from align.rl.rewards.rewards import Rewards
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation
-from finetune.data.dataset import PreparedData, tokenize_conversations
-from finetune.data.report import DataReport
+from finetune.data.dataset import Conversations, PreparedData, tokenize_conversations
 from finetune.distributed import collectives
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.settings import DataSettings, EvaluateSettings
+from finetune.recipe.settings import EvaluateSettings
 from finetune.stages.sft import SFT
 from finetune.training.context import RunContext
 from finetune.training.loading import (
@@ -183,11 +182,8 @@ def train_round(
 
 def _tokenize_rows(rows: Sequence[Conversation], text: TextEncoding) -> PreparedData:
     # Earlier replies of a dialogue belong to the prompt: loss on the sampled one alone.
-    settings = DataSettings(loss_on="last_assistant", overflow="drop", cache=False)
-    reports = (DataReport(), DataReport())
-    return tokenize_conversations(
-        list(rows), [], settings, text.encoder, max_length=text.max_length, reports=reports
-    )
+    kind = Conversations(text.encoder, text.max_length, loss_on="last_assistant", overflow="drop")
+    return tokenize_conversations(rows, kind)
 
 
 def save_last_round(ctx: RunContext[Settings]) -> None:

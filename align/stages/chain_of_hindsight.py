@@ -7,8 +7,9 @@ carry loss, the feedback does not. At inference the prompt carries the control t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -20,8 +21,13 @@ from finetune.recipe.errors import Problem
 from finetune.recipe.settings import NonEmptyStr, Section, StageSettings
 
 if TYPE_CHECKING:
+    from align.preference.rows.comparison_rows import ComparisonRows
     from align.preference.rows.comparisons import Comparison
-    from finetune.data.dataset import PreparedData
+    from finetune.data.dataset import Conversations, PreparedData
+    from finetune.data.mapped_cache import Arrays
+    from finetune.data.pipeline import EncodedIndex, EncodedRows
+    from finetune.data.report import DataReport
+    from finetune.data.row_store import Rows
     from finetune.training.context import RunContext
     from finetune.training.model import TextEncoding
     from finetune.training.stage import Method
@@ -88,31 +94,67 @@ def load_chains(ctx: RunContext[Settings], text: TextEncoding) -> PreparedData:
     Raises:
         UserError: mistakes in the data, with file, line and field.
     """
-    from align.preference.rows.prepare import load_comparisons
-    from finetune.data.dataset import tokenize_conversations
-    from finetune.data.report import DataReport
+    from align.preference.rows.comparison_rows import ComparisonRows
+    from finetune.data.dataset import Conversations, to_prepared_data
+    from finetune.data.pipeline import prepare
 
     settings, seed = ctx.settings.data, ctx.settings.train.seed
-    texts = {"good": ctx.settings.chain_of_hindsight.good, "bad": ctx.settings.chain_of_hindsight.bad}
-    report, held_out_report = DataReport(), DataReport()
+    controls = ctx.settings.chain_of_hindsight.good, ctx.settings.chain_of_hindsight.bad
+    chains = Conversations.of(settings, text.encoder, text.max_length)
     with ctx.timed("data"):
-        train, held_out = load_comparisons(settings, seed, report, held_out_report)
-        # The SFT pipeline from here on: a chain is a conversation with some untrained turns.
-        data = tokenize_conversations(
-            build_chains(train, **texts, seed=seed),
-            build_chains(held_out, **texts, seed=seed),
-            settings,
-            text.encoder,
-            max_length=text.max_length,
-            reports=(report, held_out_report),
-        )
+        kind = Chains(ComparisonRows(settings), chains, *controls, seed)
+        data = to_prepared_data(prepare(kind, settings, seed=seed))
     for line in data.report.lines():
         ctx.log(line)
-    return replace(data, prompts=best_completion_prompts(held_out or train))
+    return data
 
 
-def build_chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) -> list[Conversation]:
-    """Return each prompt with its best and its worst completion, in random order, as one conversation.
+@dataclass(frozen=True)
+class Chains:
+    """Comparisons, tokenized as chains of hindsight: conversations with some untrained turns.
+
+    Attributes:
+        rows: how comparisons are read and held out.
+        conversations: how chains are tokenized.
+        good: control text of the best completion.
+        bad: control text of the worst completion.
+        seed: of the random order.
+    """
+
+    rows: ComparisonRows
+    conversations: Conversations
+    good: str
+    bad: str
+    seed: int
+
+    def encode(self, rows: Rows[Comparison], index: EncodedIndex, report: DataReport) -> Arrays:
+        """Return token ids, loss mask and offsets of the chains."""
+        from finetune.data.row_store import RowStore
+
+        chains = RowStore(build_chains(rows, good=self.good, bad=self.bad, seed=self.seed)).rows()
+        return self.conversations.encode(chains, index, report)
+
+    def samples(self, rows: Rows[Comparison], limit: int | None) -> list[Conversation]:
+        """Return each distinct prompt with its best completion."""
+        return best_completion_prompts(rows)[:limit]
+
+    def raise_if_empty(self, key: str, encoded: EncodedRows, report: DataReport) -> None:
+        """Raise UserError if no row was tokenized."""
+        self.conversations.raise_if_empty(key, encoded, report)
+
+    def cache_key(self) -> list[Any]:
+        """Return all that decides the tokens besides the data section."""
+        return [self.conversations.cache_key(), self.good, self.bad, self.seed]
+
+    def code(self) -> tuple[Path, ...]:
+        """Return the folders of this file and of the comparisons."""
+        import align.preference.rows
+
+        return (Path(__file__).parent, Path(align.preference.rows.__path__[0]))
+
+
+def build_chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) -> Iterator[Conversation]:
+    """Yield each prompt with its best and its worst completion, in random order, as one conversation.
 
     Args:
         rows: prompts with two completions or more.
@@ -123,7 +165,7 @@ def build_chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) 
     import numpy as np
 
     random = np.random.default_rng([seed, ORDER_STREAM])
-    return [_build_chain(row, good=good, bad=bad, good_first=bool(random.integers(2))) for row in rows]
+    return (_build_chain(row, good=good, bad=bad, good_first=bool(random.integers(2))) for row in rows)
 
 
 def _build_chain(row: Comparison, *, good: str, bad: str, good_first: bool) -> Conversation:

@@ -25,7 +25,7 @@ class DamagedCacheError(Exception):
 
 
 def cache_path(kind: str, key: str) -> Path:
-    """Return the path of a cached file, by kind (``tokens``) and key."""
+    """Return the path of a cached file, by kind (``reference``) and key."""
     return user_cache_path("llm-align") / kind / f"{key}.safetensors"
 
 
@@ -43,7 +43,7 @@ def cache_lock(path: Path) -> Iterator[None]:
         lock = FileLock(lock_folder / f"{path.stem}.lock")
         lock.acquire()
     except OSError as error:
-        raise _unwritable_error(path, error) from error
+        raise unwritable_error(path, error) from error
     try:
         yield
     finally:
@@ -84,10 +84,11 @@ def write_cached(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, 
         save_file(arrays, partial, metadata={NOTES_KEY: metadata})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise _unwritable_error(path, error) from error
+        raise unwritable_error(path, error) from error
 
 
-def _unwritable_error(path: Path, error: Exception) -> UserError:
+def unwritable_error(path: Path, error: Exception) -> UserError:
+    """Return the error of a cache that cannot be written."""
     repair = "set data.cache=false, or point XDG_CACHE_HOME to another folder"
     actual = f"cannot write the cache: {error}"
     return UserError(Problem(str(path.parent), actual, "a writable folder", repair))

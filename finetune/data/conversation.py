@@ -4,7 +4,7 @@ Tools and tool calls are JSON in one canonical form: one object per line, as cha
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -42,21 +42,21 @@ class Conversation:
         return tuple(turn.key for turn in self.messages)
 
 
-def filter_usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversation]:
-    """Drop conversations with an empty turn or no reply, and strip a final question that has no reply."""
-    usable_rows = []
-    for row in rows:
-        # An unanswered last question has nothing to train on; the turns before it may have.
-        ends_with_prompt = row.messages[-1].role in ("user", "observation")
-        turns = row.messages[:-1] if ends_with_prompt else row.messages
-        # DOCUMENT_START is empty on purpose: it is the prompt of a plain text.
-        if any(turn.is_empty and turn != DOCUMENT_START for turn in turns):
-            report.count("dropped: empty turn", row.location)
-        elif not any(turn.role in REPLY_ROLES for turn in turns):
-            report.count("dropped: no assistant reply", row.location)
-        else:
-            usable_rows.append(replace(row, messages=turns))
-    return usable_rows
+def usable_turns(messages: list[Message], location: str, report: DataReport) -> list[Message] | None:
+    """Return a conversation's turns without a final question that has no reply.
+
+    None, counted in the report, if a turn is empty or there is no reply.
+    """
+    # An unanswered last question has nothing to train on; the turns before it may have.
+    turns = messages[:-1] if messages[-1].role in ("user", "observation") else messages
+    # DOCUMENT_START is empty on purpose: it is the prompt of a plain text.
+    if any(turn.is_empty and turn != DOCUMENT_START for turn in turns):
+        report.count("dropped: empty turn", location)
+    elif not any(turn.role in REPLY_ROLES for turn in turns):
+        report.count("dropped: no assistant reply", location)
+    else:
+        return turns
+    return None
 
 
 def with_control_suffix(messages: Sequence[Message], control_suffix: str) -> Sequence[Message]:

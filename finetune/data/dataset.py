@@ -5,33 +5,30 @@ reply only; or all tokens, instruction modeling, which helps where replies are s
 2024, arXiv 2405.14394).
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data_templates.segments import REPLY_ROLES, Message, TemplateError
-from finetune.data.cache import DamagedCacheError, cache_lock, cache_path, read_cached, write_cached
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
-from finetune.data.load import load_conversations
+from finetune.data.conversation_rows import ConversationRows, no_usable_rows
+from finetune.data.mapped_cache import Arrays
+from finetune.data.pipeline import EncodedData, EncodedIndex, EncodedRows, encode_splits, prepare
 from finetune.data.report import DataReport
-from finetune.data.tokens import Encoder
-from finetune.recipe.errors import Problem, UserError
+from finetune.data.row_store import Rows, RowStore, as_array
+from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.settings import DataSettings
 
 OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
-MAX_TRAIN_PROMPTS = 64
-"""Number of training rows used as sample prompts where nothing is held out."""
-
-CACHE_FORMAT = 5
-"""Version of the token cache: incremented when the meaning of a cached file changes."""
 
 
 class TokenizedRows(Dataset[LMExample]):
@@ -43,12 +40,22 @@ class TokenizedRows(Dataset[LMExample]):
     """
 
     def __init__(
-        self, arrays: dict[str, np.ndarray], locations: list[str], source_ids: Sequence[int] = ()
+        self,
+        arrays: Arrays,
+        locations: Sequence[str],
+        source_ids: Sequence[int] | NDArray[np.int32] | None = None,
     ) -> None:
-        """Store the arrays, each row's location (``file:line``) and the index of its source."""
+        """Store the arrays, each row's location (``file:line``) and the index of its source (default 0)."""
         self.arrays = arrays
         self.locations = locations
-        self.source_ids = source_ids or [0] * len(locations)
+        self.source_ids = np.asarray(
+            [0] * len(locations) if source_ids is None else source_ids, dtype=np.int32
+        )
+
+    @staticmethod
+    def of(rows: EncodedRows) -> "TokenizedRows":
+        """Return tokenized rows as a dataset."""
+        return TokenizedRows(rows.arrays, rows.locations, rows.source_ids)
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -57,7 +64,8 @@ class TokenizedRows(Dataset[LMExample]):
         start, end = self.arrays["offsets"][index : index + 2]
         # int32 on disk and in memory, int64 only per row: embeddings and cross-entropy index with int64.
         ids_T = torch.from_numpy(self.arrays["input_ids"][start:end].astype(np.int64))
-        loss_mask_T = torch.from_numpy(self.arrays["loss_mask"][start:end])
+        # A copy: an array that is mapped from the cache is read-only.
+        loss_mask_T = torch.from_numpy(self.arrays["loss_mask"][start:end].copy())
         labels_T = torch.where(loss_mask_T, ids_T, IGNORE_INDEX)
         example = LMExample(input_ids=ids_T, labels=labels_T, row=index)
         if "document_offsets" in self.arrays:
@@ -95,8 +103,136 @@ class PreparedData:
 
     train: TokenizedRows
     held_out: TokenizedRows | None
-    prompts: list[Conversation]
+    prompts: Sequence[Conversation]
     report: DataReport
+
+
+@dataclass(frozen=True, slots=True)
+class RowPart:
+    """A conversation, or its turns up to one of its replies: what becomes one tokenized row."""
+
+    row_id: int
+    messages: Sequence[Message]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations and documents, as a kind of tokenized rows: each is a sequence with a loss mask.
+
+    Attributes:
+        encoder: template and tokenizer.
+        max_length: maximum number of tokens per row.
+        loss_on: which tokens carry loss.
+        overflow: truncate longer rows, or drop them.
+    """
+
+    encoder: Encoder
+    max_length: int
+    loss_on: str = "assistant"
+    overflow: str = "truncate"
+    rows: ClassVar[ConversationRows] = ConversationRows()
+
+    @staticmethod
+    def of(settings: DataSettings, encoder: Encoder, max_length: int) -> "Conversations":
+        """Return the kind with a data section's settings."""
+        return Conversations(encoder, max_length, settings.loss_on, settings.overflow)
+
+    def encode(self, rows: Rows[Conversation], index: EncodedIndex, report: DataReport) -> Arrays:
+        """Return token ids, loss mask and offsets."""
+        ids, loss_mask, offsets = array("i"), bytearray(), array("q", [0])
+        for start in range(0, len(rows), CHUNK_SIZE):
+            chunk = list(rows[start : start + CHUNK_SIZE])
+            parts = [part for row_id, row in enumerate(chunk) for part in self._parts(row_id, row, report)]
+            encoded_parts = self.encoder.encode_many([part.messages for part in parts])
+            for part, encoded in zip(parts, encoded_parts, strict=True):
+                row = chunk[part.row_id]
+                targets = self._loss_targets(row, part, encoded, report)
+                if targets is None or isinstance(encoded, TemplateError):
+                    continue
+                ids.extend(encoded.input_ids[: self.max_length])
+                loss_mask += bytes(targets)
+                offsets.append(len(ids))
+                index.add(start + part.row_id, row.location, row.source_index)
+        return {
+            # Half the size of int64, and enough for the ids of any vocabulary.
+            "input_ids": as_array(ids, np.int32),
+            "loss_mask": as_array(loss_mask, np.bool_),
+            "offsets": as_array(offsets, np.int64),
+        }
+
+    def _parts(self, row_id: int, row: Conversation, report: DataReport) -> list["RowPart"]:
+        """Return a conversation, or one part per reply if later replies change how earlier ones render."""
+        # Loss on all tokens needs one row, whatever its replies' flags.
+        scope = "last_assistant" if self.loss_on == "all" else self.loss_on
+        conversations = self.encoder.split_replies(apply_loss_scope(row.messages, scope))
+        if len(conversations) > 1:
+            label = "are split into one row per reply (the template writes earlier replies differently)"
+            report.count(label, row.location)
+        return [
+            RowPart(row_id, messages, number == len(conversations))
+            for number, messages in enumerate(conversations, 1)
+        ]
+
+    def _loss_targets(
+        self, row: Conversation, part: "RowPart", encoded: Encoded | TemplateError, report: DataReport
+    ) -> list[bool] | None:
+        """Return a row's loss mask, truncated; None if the row is dropped. The report counts what changes."""
+        location = row.location
+        if isinstance(encoded, TemplateError):
+            report.count("dropped: the template cannot render the conversation", f"{location}: {encoded}")
+            return None
+        if self.loss_on == "all" and has_untrained_replies(row.messages):
+            report.count("have turns marked train=false, trained anyway because data.loss_on=all", location)
+        if encoded.num_escaped:
+            report.count("contain template markers in their text (escaped)", location)
+        if has_replies_without_loss(part.messages, encoded.loss_mask):
+            report.count("have replies without loss in this template", location)
+        if encoded.num_left_out and part.is_last:
+            report.count("have earlier thoughts that this template leaves out of later prompts", location)
+        row_mask = build_loss_mask(encoded.loss_mask, self.loss_on)
+        if len(encoded.input_ids) > self.max_length:
+            verb = OVERFLOW_VERBS[self.overflow]
+            report.count(f"longer than {self.max_length} tokens, {verb}", location)
+            report.num_too_long += 1
+            # Only trained tokens count as lost: a truncated prompt costs nothing.
+            report.lost_tokens += sum(row_mask[0 if self.overflow == "drop" else self.max_length :])
+            if self.overflow == "drop":
+                return None
+        # The first token has no prefix to be predicted from, so it is never a target.
+        targets = [False, *row_mask[1 : self.max_length]]
+        if not any(targets):
+            report.count(f"dropped: no trained token within the first {self.max_length} tokens", location)
+            return None
+        return targets
+
+    def samples(self, rows: Rows[Conversation], limit: int | None) -> Iterator[Conversation]:
+        """Return conversations without repeats, to prompt for samples; else the documents."""
+        return islice(self._distinct(rows), limit)
+
+    def _distinct(self, rows: Rows[Conversation]) -> Iterator[Conversation]:
+        # A document has no prompt of its own; it is only sampled from if there is nothing else.
+        for documents in (False, True):
+            seen: set[str] = set()
+            for row in rows:
+                if row.is_document == documents and row.location not in seen:
+                    seen.add(row.location)
+                    yield row
+            if seen:
+                return
+
+    def raise_if_empty(self, key: str, encoded: EncodedRows, report: DataReport) -> None:
+        """Raise UserError if no row was tokenized."""
+        if not len(encoded):
+            raise no_usable_rows(key, report)
+
+    def cache_key(self) -> list[Any]:
+        """Return all that decides the tokens besides the data section."""
+        return [self.encoder.fingerprint(), self.max_length, self.loss_on, self.overflow]
+
+    def code(self) -> tuple[Path, ...]:
+        """All code is in this folder."""
+        return ()
 
 
 def prepare_conversations(
@@ -113,210 +249,52 @@ def prepare_conversations(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no remaining row carries loss.
     """
-    report, held_out_report = DataReport(), DataReport()
-    train, held_out = load_conversations(settings, seed, report, held_out_report)
-    return tokenize_conversations(
-        train, held_out, settings, encoder, max_length=max_length, reports=(report, held_out_report)
-    )
+    return to_prepared_data(prepare(Conversations.of(settings, encoder, max_length), settings, seed=seed))
 
 
 def tokenize_conversations(
-    train: list[Conversation],
-    held_out: list[Conversation],
-    settings: DataSettings,
-    encoder: Encoder,
-    *,
-    max_length: int,
-    reports: tuple[DataReport, DataReport],
+    rows: Iterable[Conversation], kind: Conversations, report: DataReport | None = None
 ) -> PreparedData:
-    """Tokenize loaded conversations.
+    """Tokenize conversations without a cache, such as those that a policy has generated.
 
     Args:
-        train: the training rows.
-        held_out: the held-out rows.
-        settings: the recipe's data section.
-        encoder: template and tokenizer.
-        max_length: maximum number of tokens per row.
-        reports: the reports of the training rows and of the held-out rows.
+        rows: the training rows.
+        kind: template, tokenizer and loss.
+        report: what was counted so far.
 
     Raises:
-        UserError: no remaining row carries loss.
+        UserError: no row carries loss.
     """
-    report, held_out_report = reports
-    tokens = _tokenize_rows(train, encoder, settings, max_length, report)
-    _require_nonempty("data.source", "to train on", tokens, report)
-    held_out_tokens = None
-    if settings.held_out:
-        held_out_tokens = _tokenize_rows(held_out, encoder, settings, max_length, held_out_report)
-        _require_nonempty("data.held_out", "to evaluate on", held_out_tokens, held_out_report)
-        report.held_out = len(held_out_tokens)
-    # One report for both: labels of held-out rows get a prefix.
-    report.counts |= {f"held out: {label}": count for label, count in held_out_report.counts.items()}
-    report.examples |= {
-        f"held out: {label}": location for label, location in held_out_report.examples.items()
-    }
+    store = RowStore(rows).rows()
+    reports = (DataReport() if report is None else report, DataReport())
+    return to_prepared_data(encode_splits(kind, store, store[:0], hold_out=False, reports=reports))
+
+
+def to_prepared_data(data: EncodedData) -> PreparedData:
+    """Return tokenized conversations as datasets, with the report's totals."""
+    tokens, report = TokenizedRows.of(data.train), data.report
+    held_out = None if data.held_out is None else TokenizedRows.of(data.held_out)
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
     report.longest = max(tokens.lengths)
     record_source_shares(tokens, report)
-    # Samples come from held-out rows; without any, from the first training rows.
-    prompts = _sample_prompts(train, tokens)[:MAX_TRAIN_PROMPTS]
-    if held_out_tokens is not None:
-        prompts = _sample_prompts(held_out, held_out_tokens)
-    return PreparedData(tokens, held_out_tokens, prompts, report)
+    samples = data.train.samples if data.held_out is None else data.held_out.samples
+    return PreparedData(tokens, held_out, samples, report)
 
 
 def record_source_shares(rows: TokenizedRows, report: DataReport) -> None:
     """Record the rows, tokens and trained tokens of each source in the report."""
-    offsets = rows.arrays["offsets"][:-1]
+    offsets, source_ids, lengths = (
+        rows.arrays["offsets"][:-1],
+        np.asarray(rows.source_ids),
+        np.asarray(rows.lengths),
+    )
     # reduceat is wrong for empty segments; there are none, as every row has at least one token.
     trained = np.add.reduceat(rows.arrays["loss_mask"], offsets, dtype=np.int64)
     for index, source in enumerate(report.sources):
-        from_source = np.asarray(rows.source_ids) == index
+        from_source = source_ids == index
         source.rows = int(from_source.sum())
-        source.tokens = int(np.asarray(rows.lengths)[from_source].sum())
+        source.tokens = int(lengths[from_source].sum())
         source.trained_tokens = int(trained[from_source].sum())
-
-
-def _require_nonempty(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
-    if not len(rows):
-        actual = f"no row {purpose}: {'; '.join(report.lines()[1:])}"
-        mapping_repair = "map other columns: 'data.columns={instruction: Q, output: A}'"
-        remedy = "raise data.max_length" if report.num_too_long else mapping_repair
-        repair = f"check the rows named above, or {remedy}"
-        raise UserError(Problem(where, actual, "rows with an assistant reply", repair))
-
-
-def _sample_prompts(rows: list[Conversation], tokens: TokenizedRows) -> list[Conversation]:
-    """Return the tokenized conversations without repeats, to prompt for samples; else the documents."""
-    locations = set(tokens.locations)
-    by_location = {row.location: row for row in rows if row.location in locations}.values()
-    # A document has no prompt of its own; it is only sampled from if there is nothing else.
-    return [row for row in by_location if not row.is_document] or list(by_location)
-
-
-def _tokenize_rows(
-    rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
-) -> TokenizedRows:
-    """Tokenize rows, or read them from the cache if rows, tokenizer and settings are the same."""
-
-    def encode(report: DataReport) -> dict[str, np.ndarray]:
-        return _encode_conversations(rows, encoder, settings, max_length, report)
-
-    key = _tokens_cache_key(rows, encoder, settings, max_length)
-    arrays = load_or_encode(key, encode, cache=settings.cache, report=report)
-    tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
-    return TokenizedRows(arrays, [row.location for row in tokenized], [row.source_index for row in tokenized])
-
-
-def load_or_encode(
-    key: str, encode: Callable[[DataReport], dict[str, np.ndarray]], *, cache: bool, report: DataReport
-) -> dict[str, np.ndarray]:
-    """Return the arrays that ``encode`` returns, cached on disk under ``key`` together with their report.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
-    encode_report = DataReport()
-    if cache:
-        path = cache_path("tokens", key)
-        # All ranks of a node get here at once: one encodes, the others wait and read the file.
-        with cache_lock(path):
-            arrays = _load_cached(path, encode_report)
-            report.from_cache = arrays is not None
-            if arrays is None:
-                arrays = encode(encode_report)
-                write_cached(path, arrays, asdict(encode_report))
-    else:
-        arrays = encode(encode_report)
-    # A separate report, so that the cached counts are those of encoding alone.
-    report.counts |= encode_report.counts
-    report.examples |= encode_report.examples
-    report.num_too_long, report.lost_tokens = encode_report.num_too_long, encode_report.lost_tokens
-    return arrays
-
-
-def _load_cached(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
-    """Return a cached file's arrays, with its counts in the report; a damaged file is treated as missing."""
-    try:
-        cached_file = read_cached(path)
-    except DamagedCacheError:
-        return None
-    if cached_file is None:
-        return None
-    arrays, notes = cached_file
-    report.counts, report.examples = notes["counts"], notes["examples"]
-    report.num_too_long, report.lost_tokens = notes["num_too_long"], notes["lost_tokens"]
-    return arrays
-
-
-def _encode_conversations(
-    rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
-) -> dict[str, np.ndarray]:
-    ids: list[int] = []
-    loss_mask: list[bool] = []
-    # Rows may be dropped here, so the cache has the indices of the others; their locations are in `rows`.
-    offsets, row_ids = [0], []
-    # Loss on all tokens needs one row, whatever its replies' flags.
-    scope = "last_assistant" if settings.loss_on == "all" else settings.loss_on
-    split = [encoder.split_replies(apply_loss_scope(row.messages, scope)) for row in rows]
-    parts = [(row_id, part) for row_id, conversations in enumerate(split) for part in conversations]
-    for row_id, conversations in enumerate(split):
-        if len(conversations) > 1:
-            report.count(
-                "are split into one row per reply (the template writes earlier replies differently)",
-                rows[row_id].location,
-            )
-    for (row_id, messages), encoded in zip(
-        parts, encoder.encode_many([part for _, part in parts]), strict=True
-    ):
-        location = rows[row_id].location
-        if isinstance(encoded, TemplateError):
-            report.count("dropped: the template cannot render the conversation", f"{location}: {encoded}")
-            continue
-        if settings.loss_on == "all" and has_untrained_replies(rows[row_id].messages):
-            report.count("have turns marked train=false, trained anyway because data.loss_on=all", location)
-        if encoded.num_escaped:
-            report.count("contain template markers in their text (escaped)", location)
-        if has_replies_without_loss(messages, encoded.loss_mask):
-            report.count("have replies without loss in this template", location)
-        if encoded.num_left_out and messages is split[row_id][-1]:
-            report.count("have earlier thoughts that this template leaves out of later prompts", location)
-        row_mask = build_loss_mask(encoded.loss_mask, settings.loss_on)
-        if len(encoded.input_ids) > max_length:
-            report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.overflow]}", location)
-            report.num_too_long += 1
-            # Only trained tokens count as lost: a truncated prompt costs nothing.
-            report.lost_tokens += sum(row_mask[0 if settings.overflow == "drop" else max_length :])
-            if settings.overflow == "drop":
-                continue
-        # The first token has no prefix to be predicted from, so it is never a target.
-        targets = [False, *row_mask[1:max_length]]
-        if not any(targets):
-            report.count(f"dropped: no trained token within the first {max_length} tokens", location)
-            continue
-        ids += encoded.input_ids[:max_length]
-        loss_mask += targets
-        offsets.append(len(ids))
-        row_ids.append(row_id)
-    return {
-        # Half the size of int64, and enough for the ids of any vocabulary.
-        "input_ids": np.asarray(ids, dtype=np.int32),
-        "loss_mask": np.asarray(loss_mask, dtype=bool),
-        "offsets": np.asarray(offsets, dtype=np.int64),
-        "row_ids": np.asarray(row_ids, dtype=np.int64),
-    }
-
-
-def _tokens_cache_key(
-    rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int
-) -> str:
-    # Everything that decides ids or masks; the location too, as messages about cached rows name it.
-    head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.overflow, settings.loss_on]
-    digest = hashlib.sha256(json.dumps(head).encode())
-    for row in rows:
-        turns = [[turn.key, turn.trained] for turn in row.messages]
-        digest.update(json.dumps([row.location, turns], ensure_ascii=False).encode())
-    return digest.hexdigest()
 
 
 def apply_loss_scope(messages: Sequence[Message], loss_on: str) -> list[Message]:

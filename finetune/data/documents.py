@@ -18,9 +18,10 @@ from data_templates.segments import Message
 from finetune.data.collate import pack
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversations, record_source_shares
+from finetune.data.files import data_files, is_text_file
 from finetune.data.layouts import DOCUMENT
 from finetune.data.report import DataReport
-from finetune.data.sources import data_files, is_text_file, read_source
+from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.recipe.discovery import local_path
 from finetune.recipe.errors import Problem, UserError

@@ -196,15 +196,8 @@ def match_layout(
     raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))
 
 
-def parse_conversations(
-    rows: list[SourceRow], layout: Layout[list[Message]], columns: Mapping[str, str] | None
-) -> list[list[Message]]:
-    """Return each row's messages; raises as ``parse_rows`` does."""
-    return parse_rows(rows, layout, columns)
-
-
 def parse_rows(
-    rows: list[SourceRow], layout: Layout[Parsed], columns: Mapping[str, str] | None
+    rows: Iterable[SourceRow], layout: Layout[Parsed], columns: Mapping[str, str] | None
 ) -> list[Parsed]:
     """Parse each row by a layout.
 
@@ -213,25 +206,28 @@ def parse_rows(
     """
     parsed, problems = [], []
     for row in rows:
-        values = {
-            **row.columns,
-            **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()},
-        }
         try:
-            required = [name for name in layout.required if name not in layout.nullable]
-            # Null counts as missing: formats with a fixed schema (Parquet) fill absent values with it.
-            missing = [name for name in required if values.get(name) is None]
-            if missing:
-                raise RowError(
-                    missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}"
-                )
-            parsed.append(layout.parse(values))
+            parsed.append(parse_row(row, layout, columns))
         except RowError as error:
             # Collected and not raised at once: the user sees several of the rows to repair.
             problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
     if problems:
-        raise UserError(first_problems(problems, len(rows)))
+        raise UserError(first_problems(problems, len(parsed) + len(problems)))
     return parsed
+
+
+def parse_row(row: SourceRow, layout: Layout[Parsed], columns: Mapping[str, str] | None) -> Parsed:
+    """Parse a row by a layout.
+
+    Raises:
+        RowError: a required column is missing or null, or a field does not fit.
+    """
+    values = {**row.columns, **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()}}
+    # Null counts as missing: formats with a fixed schema (Parquet) fill absent values with it.
+    for name in layout.required:
+        if values.get(name) is None and name not in layout.nullable:
+            raise RowError(name, "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}")
+    return layout.parse(values)
 
 
 def first_problems(problems: list[Problem], num_rows: int) -> list[Problem]:

@@ -1,26 +1,24 @@
-"""Load a recipe's ``data`` section as conversations: read, select, mix, split train / held-out."""
+"""Load a recipe's ``data`` section: read, parse by layout, filter, mix, split train / held-out.
 
-from collections.abc import Sequence
+The same for conversations, preferences and prompts; what differs is a ``RowKind``. Sources are read as
+streams, and rows are stored outside of Python's memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_templates.segments import Message
-from finetune.data.conversation import Conversation, filter_usable
-from finetune.data.layouts import (
-    CONVERSATION_LAYOUTS,
-    DOCUMENT,
-    Layout,
-    detect_layout,
-    first_problems,
-    parse_conversations,
-)
+from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT, Layout, RowError, first_problems, parse_row
 from finetune.data.mixture import MixtureComponent, mix_components, sample_row_ids
-from finetune.data.report import DataReport, SourceReport
-from finetune.data.selection import select_rows
-from finetune.data.sources import SourceRow, read_source
+from finetune.data.report import DataReport
+from finetune.data.row_store import Rows, RowT
+from finetune.data.sources import SourceRow, iter_source
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, TextFormat
 
@@ -28,16 +26,8 @@ CAP_STREAM, SELECT_STREAM = 0, 1
 """Seed suffixes: one random stream per use, so that changing one leaves the others as they are."""
 
 
-class LocatedText(Protocol):
-    """A row with a text key (equal keys mean duplicates) and a location (``file:line``)."""
-
-    @property
-    def text_key(self) -> object:
-        """Return roles and texts: two rows with equal ones are duplicates."""
-
-    @property
-    def location(self) -> str:
-        """Return the row's location (``file:line``)."""
+Parsed = TypeVar("Parsed")
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,45 +50,60 @@ class SourceSpec:
         return self.source if isinstance(self.source, str) else self.key
 
 
-def load_conversations(
-    settings: DataSettings, seed: int, report: DataReport, held_out_report: DataReport
-) -> tuple[list[Conversation], list[Conversation]]:
+class RowKind(Protocol[RowT]):
+    """Conversations, preferences or prompts: how rows become usable, and which are held out."""
+
+    def load(self, spec: SourceSpec, index: int, seed: int, report: DataReport) -> MixtureComponent[RowT]:
+        """Return the usable rows of source number ``index``; ``report`` counts the others.
+
+        Raises:
+            UserError: the source cannot be read, its rows fit no layout, or none is usable.
+        """
+
+    def split(self, rows: Rows[RowT], held_out: int | float, seed: int) -> tuple[Ids, Ids]:
+        """Return the indices of the training rows and of the held-out rows of a single source."""
+
+    def count_relations(
+        self,
+        rows: Rows[RowT],
+        splits: tuple[Rows[RowT], Rows[RowT]],
+        reports: tuple[DataReport, DataReport],
+    ) -> None:
+        """Count duplicates among all rows, and held-out rows that are also training rows."""
+
+
+def load_rows(
+    kind: RowKind[RowT], settings: DataSettings, seed: int, report: DataReport, held_out_report: DataReport
+) -> tuple[Rows[RowT], Rows[RowT]]:
     """Return the training rows and the held-out rows.
 
     Args:
+        kind: conversations, preferences or prompts.
         settings: the recipe's data section.
         seed: seed of mixture sampling and of the held-out split.
         report: receives counts of dropped rows and what each source contributes.
         held_out_report: receives counts of rows dropped from a held-out file.
 
     Raises:
-        UserError: a source cannot be read, rows do not fit its layout, or no trainable row remains.
+        UserError: a source cannot be read, rows do not fit its layout, or no usable row remains.
     """
-    components = [
-        _load_component(spec, index, seed, report) for index, spec in enumerate(source_specs(settings))
-    ]
+    components = [kind.load(spec, index, seed, report) for index, spec in enumerate(source_specs(settings))]
     report.sources = [component.report for component in components]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
-    if settings.mix is None:
-        train, held_out = _split_held_out(components[0].rows, settings.held_out, seed)
+    rows = Rows.concatenate([component.rows for component in components])
+    if settings.mix is not None:
+        train_ids, held_out_ids = mix_components(components, settings, seed=seed, report=report)
+        train, held_out = rows.take(train_ids), rows.take(held_out_ids)
+    elif isinstance(settings.held_out, str):
+        train, held_out = rows, rows[:0]
     else:
-        train, held_out = mix_components(components, settings, seed=seed, report=report)
+        train_ids, held_out_ids = kind.split(rows, settings.held_out, seed)
+        train, held_out = rows.take(train_ids), rows.take(held_out_ids)
     if isinstance(settings.held_out, str):
         spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        spec = _with_text_format(spec, settings.text_format)
-        held_out = load_source(spec, held_out_report, seed=seed)
-    count_duplicates([row for component in components for row in component.rows], report)
-    count_leaked(held_out, train, held_out_report)
+        held_out = kind.load(_with_text_format(spec, settings.text_format), 0, seed, held_out_report).rows
+    kind.count_relations(rows, (train, held_out), (report, held_out_report))
     return train, held_out
-
-
-def load_source(spec: SourceSpec, report: DataReport, *, seed: int) -> list[Conversation]:
-    """Return the usable conversations of one source outside the training data, such as a held-out file.
-
-    Raises:
-        UserError: it cannot be read, or its rows fit no layout.
-    """
-    return filter_usable(_parse_source(spec, 0, seed)[0], report)
 
 
 def source_specs(settings: DataSettings) -> list[SourceSpec]:
@@ -128,101 +133,98 @@ def _mixture_spec(index: int, entry: MixedSource, split: str) -> SourceSpec:
     return SourceSpec(f"data.mix[{index}]", entry.source, *shared, entry.rows, entry.select, layouts)
 
 
-def _load_component(
-    spec: SourceSpec, index: int, seed: int, report: DataReport
-) -> MixtureComponent[Conversation]:
-    conversations, layout = _parse_source(spec, index, seed)
-    rows = filter_usable(conversations, report)
-    # Per source, before mixing: rates by size refer to the selected rows.
-    if spec.select is not None:
-        rng = np.random.default_rng([seed, index, SELECT_STREAM])
-        rows = select_rows(rows, spec.select, rng=rng, report=report)
-    if not rows:
-        actual = f"no row to train on: {'; '.join(report.lines()[1:])}"
-        mapping_repair = "map other columns: 'data.columns={instruction: Q, output: A}'"
-        repair = (
-            f"check the rows named above, or {'loosen the select filters' if spec.select else mapping_repair}"
-        )
-        raise UserError(Problem(spec.key, actual, "rows with an assistant reply", repair))
-    return MixtureComponent(
-        SourceReport(spec.name, layout, num_read=len(conversations), num_usable=len(rows)), rows
-    )
+Rated = tuple[Parsed, SourceRow, float]
+"""A parsed row, the row of the source, and its rating (0 without ``select.score``)."""
 
 
-def _parse_source(spec: SourceSpec, index: int, seed: int) -> tuple[list[Conversation], str]:
-    """Return a source's rows as conversations, and the name of the detected layout."""
-    rows = read_rows_of(spec, index, seed)
-    # By the first row; rows that do not fit its layout are reported with their location.
-    layout = detect_layout(rows[0].columns, columns=spec.columns, where=spec.name, layouts=spec.layouts)
-    conversations = parse_conversations(rows, layout, spec.columns)
-    column = spec.select.score if spec.select else None
-    scores = (
-        [0.0] * len(rows) if column is None else read_ratings(rows, column, where=f"{spec.key}.select.score")
-    )
-    rated_rows = zip(conversations, rows, scores, strict=True)
-    return [
-        Conversation(messages, row.location, index, score) for messages, row, score in rated_rows
-    ], layout.name
+def open_source(
+    spec: SourceSpec, index: int, seed: int, match: Callable[[list[str]], Layout[Parsed]]
+) -> tuple[Layout[Parsed], Iterator[Rated[Parsed]]]:
+    """Open source number ``index`` and return its layout and its parsed rows, as a stream.
 
-
-def read_rows_of(spec: SourceSpec, index: int, seed: int) -> list[SourceRow]:
-    """Return the rows of source number ``index``, at most ``spec.max_rows`` of them, sampled with the seed.
+    Args:
+        spec: the source; at most ``spec.max_rows`` rows of it are used, sampled with the seed.
+        index: number of the source.
+        seed: of the sample.
+        match: returns the layout for the column names of the first row. Rows that do not fit it are reported
+            with their location.
 
     Raises:
-        UserError: the source cannot be read, or has no rows.
+        UserError: the source cannot be read, has no rows, or fits no layout. From the stream: rows do not fit
+            the layout; the first few are listed with file, line and field.
     """
     rng = np.random.default_rng([seed, index, CAP_STREAM])
     max_rows = spec.max_rows
 
     # A callback, because the number of rows is known only once the source is open.
     def sample_rows(count: int) -> Sequence[int]:
-        return range(count) if max_rows is None else sample_row_ids(count, min(max_rows, count), rng)
+        return sample_row_ids(count, min(max_rows or count, count), rng)
 
-    return read_source(
+    rows = iter_source(
         spec.source,
         split=spec.split,
         revision=spec.revision,
-        row_selector=sample_rows,
+        row_selector=None if max_rows is None else sample_rows,
         text_format=spec.text_format,
     )
+    first = next(rows)
+    layout = match(list(first.columns))
+    column = spec.select.score if spec.select else None
+    if column is not None and column not in first.columns:
+        names = ", ".join(first.columns)
+        where = f"{spec.key}.select.score"
+        raise UserError(Problem(where, f"the source has no column '{column}'", f"one of {names}"))
+    return layout, _parse_stream(chain([first], rows), layout, spec.columns, column)
 
 
-def read_ratings(rows: list[SourceRow], column: str, *, where: str) -> list[float]:
-    """Return each row's rating; numbers written as text are parsed.
+def _parse_stream(
+    rows: Iterator[SourceRow], layout: Layout[Parsed], columns: dict[str, str] | None, score: str | None
+) -> Iterator[Rated[Parsed]]:
+    """Yield rows until one does not fit; then read on, to report how many do not."""
+    problems: list[Problem] = []
+    count = 0
+    for row in rows:
+        count += 1
+        try:
+            parsed = parse_row(row, layout, columns)
+            rating = 0.0 if score is None else _rating(row.columns.get(score), score)
+        except RowError as error:
+            # Collected and not raised at once: the user sees several of the rows to repair.
+            problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
+            continue
+        if not problems:
+            yield parsed, row, rating
+    if problems:
+        raise UserError(first_problems(problems, count))
+
+
+def _rating(value: Any, column: str) -> float:
+    """Return a rating; a number written as text is parsed.
 
     Raises:
-        UserError: there is no such column, or it is not a finite number in some rows.
+        RowError: it is not a finite number.
     """
-    if column not in rows[0].columns:
-        names = ", ".join(rows[0].columns)
-        raise UserError(Problem(where, f"the source has no column '{column}'", f"one of {names}"))
-    scores, problems = [], []
-    for row in rows:
-        value = row.columns.get(column)
-        try:
-            score = float(value) if isinstance(value, (int, float, str)) else float("nan")
-        except ValueError:
-            score = float("nan")
-        # bool is an int in Python; true/false is a label, not a rating.
-        if isinstance(value, bool) or not isfinite(score):
-            problems.append(Problem(row.location, f"field '{column}': found {value!r}", "a number"))
-        scores.append(score)
-    if problems:
-        raise UserError(first_problems(problems, len(rows)))
-    return scores
+    try:
+        rating = float(value) if isinstance(value, (int, float, str)) else float("nan")
+    except ValueError:
+        rating = float("nan")
+    # bool is an int in Python; true/false is a label, not a rating.
+    if isinstance(value, bool) or not isfinite(rating):
+        raise RowError(column, f"found {value!r}", "a number")
+    return rating
 
 
-def _split_held_out(
-    rows: list[Conversation], held_out: int | float | str, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the training rows and the held-out rows of a single source."""
-    if isinstance(held_out, str):
-        return rows, []
-    count = num_held_out(len(rows), held_out)
+def split_rows(num_rows: int, held_out: int | float, seed: int) -> tuple[Ids, Ids]:
+    """Return the indices of the training rows and of the held-out rows, which are drawn at random.
+
+    Raises:
+        UserError: no training row would remain.
+    """
     # The number of rows is part of the seed: another data set gets another split.
-    held_out_ids = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
-    train = [row for index, row in enumerate(rows) if index not in held_out_ids]
-    return train, [row for index, row in enumerate(rows) if index in held_out_ids]
+    order = np.random.default_rng([seed, num_rows]).permutation(num_rows)
+    is_held_out = np.zeros(num_rows, dtype=bool)
+    is_held_out[order[: num_held_out(num_rows, held_out)]] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def num_held_out(num_rows: int, held_out: int | float) -> int:
@@ -239,27 +241,21 @@ def num_held_out(num_rows: int, held_out: int | float) -> int:
     return count
 
 
-def count_duplicates(rows: Sequence[LocatedText], report: DataReport) -> None:
+def count_duplicates(rows: Rows[Any], report: DataReport) -> None:
     """Count exact duplicates of an earlier row; they are reported, not dropped."""
-    first_location: dict[object, str] = {}
-    for row in rows:
-        if row.text_key in first_location:
-            report.count(
-                "identical to an earlier row (not dropped)",
-                f"{row.location} repeats {first_location[row.text_key]}",
-            )
-        else:
-            first_location[row.text_key] = row.location
+    digests, first, index_of = np.unique(rows.text_digests, return_index=True, return_inverse=True)
+    repeats = np.flatnonzero(first[index_of] != np.arange(len(rows)))
+    if len(repeats):
+        repeated, original = rows[int(repeats[0])], rows[int(first[index_of[repeats[0]]])]
+        label = "identical to an earlier row (not dropped)"
+        report.count(label, f"{repeated.location} repeats {original.location}", rows=len(repeats))
 
 
-def count_leaked(
-    held_out: Sequence[LocatedText], train: Sequence[LocatedText], held_out_report: DataReport
-) -> None:
+def count_leaked(held_out: Rows[Any], train: Rows[Any], held_out_report: DataReport) -> None:
     """Count held-out rows that are also training rows (leakage)."""
-    if held_out:
-        train_location = {row.text_key: row.location for row in train}
-        for row in held_out:
-            if row.text_key in train_location:
-                held_out_report.count(
-                    "identical to a training row", f"{row.location} repeats {train_location[row.text_key]}"
-                )
+    leaked = np.flatnonzero(np.isin(held_out.text_digests, train.text_digests))
+    if len(leaked):
+        row = held_out[int(leaked[0])]
+        [*_, last] = np.flatnonzero(train.text_digests == held_out.text_digests[leaked[0]])
+        example = f"{row.location} repeats {train[int(last)].location}"
+        held_out_report.count("identical to a training row", example, rows=len(leaked))

@@ -5,12 +5,15 @@ Rates are proportional to numbers of rows (capped, smoothed by a temperature), o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import floor, fsum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.data.report import DataReport, SourceReport
+from finetune.data.row_store import Rows, RowT
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 
@@ -20,49 +23,50 @@ ROUNDING = 1e-9
 HELD_OUT_STREAM, SAMPLE_STREAM, SHUFFLE_STREAM = 2, 3, 4
 """Seed suffixes of a source's random streams, next to those of reading (0 and 1)."""
 
-RowT = TypeVar("RowT")
-"""A conversation, or a prompt with its completions."""
-
 
 @dataclass(frozen=True, slots=True)
 class MixtureComponent(Generic[RowT]):
     """One source of a mixture: its usable rows and its report."""
 
     report: SourceReport
-    rows: list[RowT]
+    rows: Rows[RowT]
 
 
 def mix_components(
-    components: Sequence[MixtureComponent[RowT]], settings: DataSettings, *, seed: int, report: DataReport
-) -> tuple[list[RowT], list[RowT]]:
-    """Return the shuffled rows of one epoch of the mixture and its held-out rows, in the same proportions.
+    components: Sequence[MixtureComponent[Any]], settings: DataSettings, *, seed: int, report: DataReport
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return one epoch's shuffled training rows and the held-out rows, in the same proportions.
 
-    A source's rows are sampled without replacement; an exhausted source is repeated. Every epoch has the
-    same rows, in another order (that of the batches): to see more of a large source, set more rows per epoch.
-    A pure function of seed and rows.
+    Both are indices into the components' rows, one component after the other. A source's rows are sampled
+    without replacement; an exhausted source is repeated. Every epoch has the same rows, in another order
+    (that of the batches): to see more of a large source, set more rows per epoch. A pure function of seed and
+    rows.
 
     Raises:
         UserError: more rows of a source are held out than it has.
     """
     sizes = [len(component.rows) for component in components]
+    starts = [0, *accumulate(sizes)]
     # Held-out rows are taken first, at the rates of the full sources; the epoch's rates use what remains.
     held_out_counts = _held_out_counts(components, settings, _mixing_rates(sizes, settings))
-    train_rows: list[list[RowT]] = []
-    held_out: list[RowT] = []
-    for index, (component, count) in enumerate(zip(components, held_out_counts, strict=True)):
-        order = np.random.default_rng([seed, index, HELD_OUT_STREAM]).permutation(len(component.rows))
-        held_out_ids = set(order[:count].tolist())
-        train_rows.append([row for row_id, row in enumerate(component.rows) if row_id not in held_out_ids])
-        held_out += [row for row_id, row in enumerate(component.rows) if row_id in held_out_ids]
-    rates = _mixing_rates([len(rows) for rows in train_rows], settings)
-    counts = _epoch_counts(components, train_rows, rates, settings, report)
-    epoch_rows: list[RowT] = []
-    for index, (rows, count) in enumerate(zip(train_rows, counts, strict=True)):
+    train_ids: list[NDArray[np.int64]] = []
+    held_out_ids: list[NDArray[np.int64]] = []
+    for index, (size, count) in enumerate(zip(sizes, held_out_counts, strict=True)):
+        order = np.random.default_rng([seed, index, HELD_OUT_STREAM]).permutation(size)
+        is_held_out = np.zeros(size, dtype=bool)
+        is_held_out[order[:count]] = True
+        train_ids.append(np.flatnonzero(~is_held_out) + starts[index])
+        held_out_ids.append(np.flatnonzero(is_held_out) + starts[index])
+    remaining = [len(ids) for ids in train_ids]
+    counts = _epoch_counts(components, remaining, _mixing_rates(remaining, settings), settings, report)
+    sampled: list[NDArray[np.int64]] = []
+    for index, (ids, count) in enumerate(zip(train_ids, counts, strict=True)):
         rng = np.random.default_rng([seed, index, SAMPLE_STREAM])
-        epoch_rows += [rows[row_id] for row_id in sample_row_ids(len(rows), count, rng)]
+        sampled.append(ids[sample_row_ids(len(ids), count, rng)])
     # Until here the rows are grouped by source.
-    order = np.random.default_rng([seed, len(components), SHUFFLE_STREAM]).permutation(len(epoch_rows))
-    return [epoch_rows[row_id] for row_id in order], held_out
+    epoch_ids = np.concatenate(sampled)
+    order = np.random.default_rng([seed, len(components), SHUFFLE_STREAM]).permutation(len(epoch_ids))
+    return epoch_ids[order], np.concatenate(held_out_ids)
 
 
 def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
@@ -108,13 +112,12 @@ def _held_out_counts(
 
 def _epoch_counts(
     components: Sequence[MixtureComponent[Any]],
-    train_rows: Sequence[Sequence[Any]],
+    sizes: Sequence[int],
     rates: Sequence[float],
     settings: DataSettings,
     report: DataReport,
 ) -> list[int]:
     """Return the number of rows per source and epoch; repeats and unused rows are noted in the report."""
-    sizes = [len(rows) for rows in train_rows]
     max_rows = max_rows_without_repeats(sizes, rates)
     counts = allocate_rows(settings.epoch_rows or max_rows, rates)
     for component, rate in zip(components, rates, strict=True):

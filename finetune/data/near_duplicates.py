@@ -7,7 +7,7 @@ threshold (theirs: 0.8).
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from zlib import crc32
 
 import numpy as np
@@ -28,7 +28,7 @@ PRIME = np.uint64(2**31 - 1)
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
+def near_duplicates(texts: Iterable[str], threshold: float) -> list[int | None]:
     """Return per text the index of the first retained text that it duplicates, None if it is retained.
 
     Args:
@@ -38,7 +38,8 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
     """
     rows_per_band = _rows_per_band(threshold)
     buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
-    retained: dict[int, set[int]] = {}
+    # Sorted arrays: 8 bytes per n-gram, where a set of Python integers takes 60.
+    retained: dict[int, np.ndarray] = {}
     duplicate_of: list[int | None] = []
     multipliers, offsets = _hash_family()
     for index, text in enumerate(texts):
@@ -48,13 +49,14 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
         # LSH: two texts are candidates if all hashes of at least one band are equal.
         bands = [(start, signature[start : start + rows_per_band].tobytes()) for start in starts]
         candidates = sorted({other for band in bands if band in buckets for other in buckets[band]})
-        ngrams = set(ngram_hashes.tolist())
         # Verified exactly, so that hashing can miss a duplicate but never drop a distinct text.
-        match = next((other for other in candidates if _jaccard(ngrams, retained[other]) >= threshold), None)
+        match = next(
+            (other for other in candidates if _jaccard(ngram_hashes, retained[other]) >= threshold), None
+        )
         duplicate_of.append(match)
         # Dropped texts are not compared with, so a chain of near duplicates (a~b~c) loses b only.
         if match is None:
-            retained[index] = ngrams
+            retained[index] = ngram_hashes
             for band in bands:
                 buckets[band].append(index)
     return duplicate_of
@@ -90,7 +92,7 @@ def _hash_family() -> tuple[np.ndarray, np.ndarray]:
     return multipliers, rng.integers(0, int(PRIME), NUM_HASHES, dtype=np.uint64)
 
 
-def _jaccard(first: set[int], second: set[int]) -> float:
-    """Return the Jaccard overlap |A and B| / |A or B|."""
-    intersection = len(first & second)
+def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the Jaccard overlap |A and B| / |A or B| of two sorted arrays without repeats."""
+    intersection = len(np.intersect1d(first, second, assume_unique=True))
     return intersection / (len(first) + len(second) - intersection)

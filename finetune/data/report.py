@@ -40,10 +40,15 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     prompts: bool = False
 
-    def count(self, label: str, example: str) -> None:
-        """Count a row under a label, and store the first one as its example."""
-        self.counts[label] = self.counts.get(label, 0) + 1
+    def count(self, label: str, example: str, *, rows: int = 1) -> None:
+        """Count rows under a label, and store the first one as its example."""
+        self.counts[label] = self.counts.get(label, 0) + rows
         self.examples.setdefault(label, example)
+
+    def merge(self, other: "DataReport", prefix: str = "") -> None:
+        """Add the counts of another report, each label with a prefix."""
+        for label, number in other.counts.items():
+            self.count(f"{prefix}{label}", other.examples[label], rows=number)
 
     def lines(self) -> list[str]:
         """Return the report as lines for the terminal."""

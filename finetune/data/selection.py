@@ -13,18 +13,19 @@ from data_templates.segments import REPLY_ROLES
 from finetune.data.conversation import Conversation
 from finetune.data.near_duplicates import near_duplicates
 from finetune.data.report import DataReport
+from finetune.data.row_store import Rows
 from finetune.recipe.settings import SelectSettings
 
 
 def select_rows(
-    rows: Sequence[Conversation], settings: SelectSettings, *, rng: np.random.Generator, report: DataReport
-) -> list[Conversation]:
+    rows: Rows[Conversation], settings: SelectSettings, *, rng: np.random.Generator, report: DataReport
+) -> Rows[Conversation]:
     """Return the rows selected by a recipe's ``select``, in source order; ``report`` counts the others.
 
     Order of the filters: length and rating, near duplicates, number of rows.
     """
     # Cheap filters first; near-duplicate detection is the expensive one.
-    selected = _filter_length_and_rating(rows, settings, report)
+    selected = rows.take([index for index, row in enumerate(rows) if _fits(row, settings, report)])
     if settings.near_dedup is not None:
         selected = _drop_near_duplicates(selected, settings.near_dedup, report)
     if settings.rows is not None and settings.rows < len(selected):
@@ -33,7 +34,7 @@ def select_rows(
         for index, row in enumerate(selected):
             if index not in selected_ids:
                 report.count(f"dropped: select.rows={settings.rows}", row.location)
-        selected = [row for index, row in enumerate(selected) if index in selected_ids]
+        selected = selected.take(sorted(selected_ids))
     return selected
 
 
@@ -42,41 +43,32 @@ def num_reply_characters(row: Conversation) -> int:
     return sum(len(turn.full_text) for turn in row.messages if turn.role in REPLY_ROLES)
 
 
-def _filter_length_and_rating(
-    rows: Sequence[Conversation], settings: SelectSettings, report: DataReport
-) -> list[Conversation]:
-    min_characters, max_characters, min_score = (
-        settings.min_reply_characters,
-        settings.max_reply_characters,
-        settings.min_score,
-    )
-    selected = []
-    for row in rows:
-        length = num_reply_characters(row)
-        if length < min_characters:
-            report.count(f"dropped: replies shorter than {min_characters} characters", row.location)
-        elif max_characters is not None and length > max_characters:
-            report.count(f"dropped: replies longer than {max_characters} characters", row.location)
-        elif min_score is not None and row.score < min_score:
-            report.count(f"dropped: {settings.score} below {min_score:g}", row.location)
-        else:
-            selected.append(row)
-    return selected
+def _fits(row: Conversation, settings: SelectSettings, report: DataReport) -> bool:
+    """Return whether a row has the required length and rating; count it if not."""
+    length = num_reply_characters(row)
+    if length < settings.min_reply_characters:
+        label = f"dropped: replies shorter than {settings.min_reply_characters} characters"
+    elif settings.max_reply_characters is not None and length > settings.max_reply_characters:
+        label = f"dropped: replies longer than {settings.max_reply_characters} characters"
+    elif settings.min_score is not None and row.score < settings.min_score:
+        label = f"dropped: {settings.score} below {settings.min_score:g}"
+    else:
+        return True
+    report.count(label, row.location)
+    return False
 
 
 def _drop_near_duplicates(
-    rows: Sequence[Conversation], threshold: float, report: DataReport
-) -> list[Conversation]:
+    rows: Rows[Conversation], threshold: float, report: DataReport
+) -> Rows[Conversation]:
     # Without the roles, which most conversations share: they would raise every overlap.
-    texts = ["\n".join(part for _, *parts in row.text_key for part in parts) for row in rows]
-    selected = []
-    for row, duplicate_of in zip(rows, near_duplicates(texts, threshold), strict=True):
-        if duplicate_of is None:
-            selected.append(row)
-        else:
-            label = f"dropped: at least {threshold:.0%} identical to an earlier row"
-            report.count(label, f"{row.location} repeats {rows[duplicate_of].location}")
-    return selected
+    texts = ("\n".join(part for _, *parts in row.text_key for part in parts) for row in rows)
+    duplicate_of = near_duplicates(texts, threshold)
+    label = f"dropped: at least {threshold:.0%} identical to an earlier row"
+    for index, original in enumerate(duplicate_of):
+        if original is not None:
+            report.count(label, f"{rows[index].location} repeats {rows[original].location}")
+    return rows.take([index for index, original in enumerate(duplicate_of) if original is None])
 
 
 def _ranked_ids(rows: Sequence[Conversation], rows_by: str, rng: np.random.Generator) -> list[int]:

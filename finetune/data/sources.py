@@ -1,22 +1,22 @@
-"""Read rows with their locations from a Hub dataset, JSON, CSV, Parquet or text files, a folder or a list.
+"""Stream rows with their locations from a Hub dataset, JSON, CSV, Parquet or text files, a folder or a list.
 
-No heavy imports: the fingerprint of a run reads files and parses nothing.
+No heavy imports: the planner reads rows without torch.
 """
 
 import csv
-import gzip
 import hashlib
-import io
 import json
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from finetune.recipe.discovery import DATA_SUFFIXES, TEXT_SUFFIXES, local_path, looks_local
+from finetune.data.files import Source, data_files, is_text_file, open_text
+from finetune.recipe.discovery import local_path, looks_local
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import DataSettings, TextFormat
+from finetune.recipe.settings import TextFormat
 
 if TYPE_CHECKING:
     import datasets
@@ -34,67 +34,105 @@ class SourceRow:
 
 
 RowSelector = Callable[[int], Sequence[int]]
-"""Returns the indices of the rows to use, given the number of rows."""
+"""Returns the indices of the rows to use, ascending, given the number of rows."""
+
+JSON_CHUNK = 2**20
+"""Characters of a JSON array that are read at a time."""
 
 
-def read_source(
-    source: str | list[dict[str, Any]],
+def read_source(source: Source, *, text_format: TextFormat | None = None) -> list[SourceRow]:
+    """Return the rows of a source as a list; raises as ``iter_source`` does."""
+    return list(iter_source(source, text_format=text_format))
+
+
+def iter_source(
+    source: Source,
     *,
     split: str = "train",
     revision: str | None = None,
-    row_selector: RowSelector = range,
+    row_selector: RowSelector | None = None,
     text_format: TextFormat | None = None,
-) -> list[SourceRow]:
-    """Read the rows of a source.
+) -> Iterator[SourceRow]:
+    """Yield the rows of a source, reading files as streams.
 
     Args:
         source: Hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
             ``.gz`` too), folder of such files, or rows.
         split: split of a Hub dataset.
         revision: revision of a Hub dataset.
-        row_selector: selects the rows to return, by default all; of a Hub dataset only these are read.
+        row_selector: selects the rows to yield; None yields all. Of a Hub dataset only these are read, files
+            are read twice.
         text_format: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None refuses them.
 
     Raises:
         UserError: the source cannot be read, or has no rows; the message names the file and line.
     """
-    if isinstance(source, list):
-        rows = [
-            SourceRow(_check_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)
-        ]
-    elif path := local_path(source):
-        rows = [row for file in data_files(path, text_format) for row in _read_file(file, text_format)]
-    elif looks_local(source):
-        repair = "check the path; a Hub dataset is named owner/name"
-        raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
+    if isinstance(source, str) and local_path(source) is None:
+        rows = _iter_hub_dataset(source, split, revision, row_selector)
     else:
-        table = _load_hub_dataset(source, split, revision)
-        row_ids = row_selector(len(table))
-        indexed_columns = zip(row_ids, table.select(row_ids), strict=True)
-        return _require_rows(
-            [SourceRow(dict(columns), f"{source}[{split}] row {i + 1}") for i, columns in indexed_columns],
-            source,
-        )
-    row_ids = row_selector(len(rows))
-    return _require_rows(rows if len(row_ids) == len(rows) else [rows[i] for i in row_ids], source)
-
-
-def _require_rows(rows: list[SourceRow], source: str | list[dict[str, Any]]) -> list[SourceRow]:
-    if not rows:
+        rows = _iter_local(source, text_format)
+        if row_selector is not None:
+            # Counted before selecting; the rows are not kept, as a large file would not fit into memory.
+            row_ids = row_selector(sum(1 for _ in rows))
+            rows = _at_indices(_iter_local(source, text_format), row_ids)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         where = source if isinstance(source, str) else "data.source"
         raise UserError(Problem(where, "no rows", "at least one row"))
-    return rows
 
 
-def _read_file(path: Path, text_format: TextFormat | None) -> list[SourceRow]:
+def _iter_local(source: Source, text_format: TextFormat | None) -> Iterator[SourceRow]:
+    if isinstance(source, list):
+        for index, entry in enumerate(source, 1):
+            yield SourceRow(_check_object(entry, f"row {index}"), f"row {index}")
+        return
+    path = local_path(source)
+    assert path is not None
+    for file in data_files(path, text_format):
+        yield from _iter_file(file, text_format)
+
+
+def _at_indices(rows: Iterator[SourceRow], row_ids: Sequence[int]) -> Iterator[SourceRow]:
+    """Yield the rows at ascending indices; an index that occurs k times yields its row k times."""
+    wanted = iter(row_ids)
+    next_id = next(wanted, None)
+    for index, row in enumerate(rows):
+        while next_id == index:
+            yield row
+            next_id = next(wanted, None)
+        if next_id is None:
+            return
+
+
+def _iter_hub_dataset(
+    source: str, split: str, revision: str | None, row_selector: RowSelector | None
+) -> Iterator[SourceRow]:
+    if looks_local(source):
+        repair = "check the path; a Hub dataset is named owner/name"
+        raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
+    table = _load_hub_dataset(source, split, revision)
+    row_ids = range(len(table)) if row_selector is None else row_selector(len(table))
+    for row_id, columns in zip(row_ids, table.select(row_ids), strict=True):
+        yield SourceRow(dict(columns), f"{source}[{split}] row {row_id + 1}")
+
+
+def _iter_file(path: Path, text_format: TextFormat | None) -> Iterator[SourceRow]:
     name = path.name.lower()
     if name.endswith(".parquet"):
-        return _read_parquet(path)
+        yield from _iter_parquet(path)
+        return
     try:
-        with _open_text(path) as stream:
-            if text_format is not None and is_text_file(path):
-                return list(_split_documents(path, stream.read(), text_format.separator))
-            return _read_text_file(path, stream, name.removesuffix(".gz"))
+        with open_text(path) as stream:
+            try:
+                yield from _iter_text_file(path, stream, name.removesuffix(".gz"), text_format)
+            except (UserError, UnicodeDecodeError):
+                # Damage of a compressed file may look like a bad row before its checksum is reached.
+                while name.endswith(".gz") and stream.buffer.read(JSON_CHUNK):
+                    pass
+                raise
     except UnicodeDecodeError as error:
         repair = f"if it is Korean Windows text: iconv -f cp949 -t utf-8 {path.name}"
         raise UserError(Problem(str(path), f"not UTF-8: {error}", "UTF-8 text", repair)) from error
@@ -103,13 +141,16 @@ def _read_file(path: Path, text_format: TextFormat | None) -> list[SourceRow]:
         raise UserError(Problem(str(path), f"cannot be read: {error}", expected)) from error
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.name.lower().endswith(".gz"):
-        # Decompress everything first: gzip's checksum is at the end, and damage must not be read as text.
-        content = io.BytesIO(gzip.decompress(path.read_bytes()))
-        return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
-    # utf-8-sig: files written on Windows may begin with a byte order mark. newline="" as csv demands.
-    return path.open(encoding="utf-8-sig", newline="")
+def _iter_text_file(
+    path: Path, stream: IO[str], name: str, text_format: TextFormat | None
+) -> Iterator[SourceRow]:
+    if text_format is not None and is_text_file(path):
+        return _split_documents(path, stream.read(), text_format.separator)
+    if name.endswith((".csv", ".tsv")):
+        return _iter_csv(path, stream, "\t" if name.endswith(".tsv") else ",")
+    if name.endswith(".jsonl"):
+        return _iter_jsonl(path, stream)
+    return _iter_json_array(path, stream)
 
 
 def _split_documents(path: Path, text: str, separator: str | None) -> Iterator[SourceRow]:
@@ -124,15 +165,7 @@ def _split_documents(path: Path, text: str, separator: str | None) -> Iterator[S
         line += document.count("\n") + (separator or "").count("\n")
 
 
-def _read_text_file(path: Path, stream: IO[str], name: str) -> list[SourceRow]:
-    if name.endswith((".csv", ".tsv")):
-        return list(_read_csv(path, stream, "\t" if name.endswith(".tsv") else ","))
-    if name.endswith(".jsonl"):
-        return list(_read_jsonl(path, stream))
-    return _read_json(path, stream)
-
-
-def _read_jsonl(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
+def _iter_jsonl(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -146,21 +179,92 @@ def _read_jsonl(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
         yield SourceRow(_check_object(value, location), location)
 
 
-def _read_json(path: Path, stream: IO[str]) -> list[SourceRow]:
-    text = stream.read()
+def _iter_json_array(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
+    """Yield the objects of a JSON array as they are decoded."""
+    buffer = JsonBuffer(stream)
+    if buffer.next_character() != "[":
+        raise _json_error(path, stream)
+    buffer.skip(1)
+    index = 0
+    while (character := buffer.next_character()) != "]" or index == 0:
+        if character == "]":
+            break
+        if index and character == ",":
+            buffer.skip(1)
+        elif index:
+            raise _json_error(path, stream)
+        try:
+            value = buffer.next_value()
+        except json.JSONDecodeError:
+            raise _json_error(path, stream) from None
+        location = f"{path}:[{index}]"
+        yield SourceRow(_check_object(value, location), location)
+        index += 1
+    buffer.skip(1)
+    if buffer.next_character():
+        raise _json_error(path, stream)
+
+
+class JsonBuffer:
+    """A window of a JSON text that is read as a stream; ``position`` is that of the next character."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream, self.text, self.position, self.ended = stream, "", 0, False
+        self.decoder = json.JSONDecoder()
+
+    def next_character(self) -> str:
+        """Skip white space and return the next character, "" at the end."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text) or not self._read_more():
+                return self.text[self.position : self.position + 1]
+
+    def skip(self, count: int) -> None:
+        """Skip characters."""
+        self.position += count
+
+    def next_value(self) -> Any:
+        """Decode the next value.
+
+        Raises:
+            json.JSONDecodeError: it is not JSON.
+        """
+        self.next_character()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError:
+                # Perhaps the rest has not been read yet.
+                if not self._read_more():
+                    raise
+                continue
+            # A number may go on in what has not been read yet.
+            if end < len(self.text) or not self._read_more():
+                self.position = end
+                return value
+
+    def _read_more(self) -> bool:
+        """Read at least as much as the window holds, so that a long value is not decoded too often."""
+        if self.ended:
+            return False
+        rest = self.text[self.position :]
+        chunk = self.stream.read(max(JSON_CHUNK, len(rest)))
+        self.ended = not chunk
+        self.text, self.position = rest + chunk, 0
+        return bool(chunk)
+
+
+def _json_error(path: Path, stream: IO[str]) -> UserError:
+    """Return the error of a file that is no JSON array, with its line as Python's decoder counts it."""
+    stream.seek(0)
     try:
-        value = json.loads(text)
+        value = json.loads(stream.read().removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         repair = "rename it to .jsonl if it has one object per line" if error.msg == "Extra data" else ""
         actual = f"{error.msg} at column {error.colno}"
-        raise UserError(
-            Problem(f"{path}:{error.lineno}", actual, "a JSON array of objects", repair)
-        ) from error
-    if not isinstance(value, list):
-        raise UserError(Problem(str(path), f"a JSON {type(value).__name__}", "a JSON array of objects"))
-    return [
-        SourceRow(_check_object(entry, f"{path}:[{i}]"), f"{path}:[{i}]") for i, entry in enumerate(value)
-    ]
+        return UserError(Problem(f"{path}:{error.lineno}", actual, "a JSON array of objects", repair))
+    return UserError(Problem(str(path), f"a JSON {type(value).__name__}", "a JSON array of objects"))
 
 
 def _check_object(value: Any, location: str) -> dict[str, Any]:
@@ -169,7 +273,7 @@ def _check_object(value: Any, location: str) -> dict[str, Any]:
     return value
 
 
-def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[SourceRow]:
+def _iter_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[SourceRow]:
     # strict: a stray quote is an error, and does not silently become part of a field.
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
@@ -199,14 +303,18 @@ def _check_header(path: Path, fields: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_parquet(path: Path) -> list[SourceRow]:
+def _iter_parquet(path: Path) -> Iterator[SourceRow]:
     from pyarrow import ArrowException, parquet
 
+    index = 0
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for columns in batch.to_pylist():
+                    index += 1
+                    yield SourceRow(columns, f"{path}:row {index}")
     except (OSError, ValueError, ArrowException) as error:
         raise UserError(Problem(str(path), _first_line(error), "a Parquet file")) from error
-    return [SourceRow(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
 def _load_hub_dataset(name: str, split: str, revision: str | None) -> "datasets.Dataset":
@@ -222,73 +330,22 @@ def _load_hub_dataset(name: str, split: str, revision: str | None) -> "datasets.
         raise UserError(Problem(where, actual, "a dataset on the Hub", repair)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
-
-
-def data_files(path: Path, text_format: TextFormat | None = None) -> list[Path]:
-    """Return a file, or a folder's data files in alphabetical order; text files only with ``text_format``.
-
-    With ``text_format`` subfolders are included, except hidden ones.
+def hub_fingerprint(name: str, split: str, revision: str | None) -> str:
+    """Return a digest of a Hub dataset's content, which may change without a change of its name.
 
     Raises:
-        UserError: the file type is unknown, or the folder has no data file.
+        UserError: it cannot be loaded.
     """
-    suffixes = (*DATA_SUFFIXES, *TEXT_SUFFIXES) if text_format is not None else DATA_SUFFIXES
-    expected = f"files ending in {', '.join(suffixes)}"
-    if path.is_file():
-        if path.name.lower().endswith(suffixes):
-            return [path]
-        raise UserError(Problem(str(path), "unknown file type", expected))
-    candidates = _walk_visible(path) if text_format is not None else path.iterdir()
-    files = sorted(file for file in candidates if file.is_file() and file.name.lower().endswith(suffixes))
-    if not files:
-        raise UserError(Problem(str(path), "a folder without data files", expected))
-    return files
-
-
-def _walk_visible(folder: Path) -> Iterator[Path]:
-    """Yield everything below a folder, except hidden files and folders."""
-    for path in folder.rglob("*"):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
-
-
-def is_text_file(path: Path) -> bool:
-    """Return True if a file is plain text, and not rows."""
-    return path.name.lower().endswith(TEXT_SUFFIXES)
-
-
-def data_fingerprint(settings: DataSettings) -> str:
-    """Return a digest of a data section's sources: files by content, Hub datasets by name and revision."""
-    text_format = settings.text_format
-    digests = [source_fingerprint(settings.source, revision=settings.revision, text_format=text_format)]
-    digests += [
-        source_fingerprint(entry.source, revision=entry.revision, text_format=text_format)
-        for entry in settings.mix or []
-    ]
-    if isinstance(settings.held_out, str):
-        digests.append(source_fingerprint(settings.held_out, text_format=text_format))
-    return _digest_json(digests)
-
-
-def source_fingerprint(
-    source: str | list[dict[str, Any]] | None,
-    *,
-    revision: str | None = None,
-    text_format: TextFormat | None = None,
-) -> str:
-    """Return a digest of a source without parsing it: content of local files, name of Hub datasets."""
-    if not isinstance(source, str) or (path := local_path(source)) is None:
-        return _digest_json([source, revision])
+    table = _load_hub_dataset(name, split, revision)
+    files = [Path(file["filename"]) for file in table.cache_files]
     digest = hashlib.sha256()
-    # Contents only: renaming or moving the files does not change a run's name.
-    for file in data_files(path, text_format):
+    for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    # Without files it is in memory, and small.
+    digest.update(b"" if files else pickle.dumps(table.to_list()))
     return digest.hexdigest()
 
 
-def _digest_json(content: Any) -> str:
-    # default=str: rows given in Python may hold values that JSON lacks, such as dates.
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation, render_reply
-from finetune.data.load import SourceSpec, load_source
+from finetune.data.conversation_rows import load_conversations
+from finetune.data.load import SourceSpec
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
@@ -170,7 +171,7 @@ def load_generation_eval(
         source = SourceSpec(
             "evaluate.retention", settings.retention, "train", None, None, settings.retention_rows
         )
-        rows = load_source(source, DataReport(), seed=seed)
+        rows = load_conversations(source, 0, seed, DataReport()).rows
         retention = [render_reply(row.messages, encoder) for row in rows]
     return GenerationEval(
         load_graders(settings.graders),

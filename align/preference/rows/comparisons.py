@@ -1,6 +1,6 @@
 """Build comparisons from preference rows: unusable rows are dropped, counted and reported."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan, nan
@@ -8,6 +8,7 @@ from math import isnan, nan
 from align.preference.rows.layouts import PreferenceRow, ScoredCompletion, Turns
 from align.preference.settings import PreferenceSettings
 from finetune.data.report import DataReport
+from finetune.data.row_store import text_digest
 from finetune.recipe.errors import Problem, UserError
 
 DROPPED_SWAPPED = "dropped: the rejected completion has the higher score"
@@ -57,13 +58,13 @@ class DroppedRow(Exception):
 
 
 def build_comparisons(
-    rows: Sequence[tuple[PreferenceRow, str]],
+    rows: Iterable[tuple[PreferenceRow, str]],
     settings: PreferenceSettings,
     *,
     source: int,
     report: DataReport,
-) -> list[Comparison]:
-    """Return the comparisons (and labeled completions) of a source's usable rows.
+) -> Iterator[Comparison]:
+    """Yield the comparisons (and labeled completions) of a source's usable rows.
 
     Args:
         rows: the rows as read, with their locations.
@@ -72,29 +73,27 @@ def build_comparisons(
         report: counts every dropped or changed row, with the location of the first.
 
     Raises:
-        UserError: most scored pairs have the higher score on the rejected completion: swapped columns.
+        UserError: at the end, if most scored pairs have the higher score on the rejected completion: swapped
+            columns.
     """
     # A report of this source alone: swapped columns are a majority among its own rows.
-    source_report = DataReport()
-    usable = []
+    source_report, scored = DataReport(), 0
     for row, location in rows:
+        scored += row.ordered and all(completion.scored for completion in row.completions)
         try:
             comparison = _build_comparison(
                 row, location, settings, partial(source_report.count, example=location)
             )
-            usable.append(replace(comparison, source=source))
         except DroppedRow as reason:
             source_report.count(str(reason), location)
-    _check_swapped_columns(rows, source_report)
-    for what, count in source_report.counts.items():
-        report.counts[what] = report.counts.get(what, 0) + count
-        report.examples.setdefault(what, source_report.examples[what])
-    return usable
+        else:
+            yield replace(comparison, source=source)
+    _check_swapped_columns(scored, source_report)
+    report.merge(source_report)
 
 
-def _check_swapped_columns(rows: Sequence[tuple[PreferenceRow, str]], source_report: DataReport) -> None:
+def _check_swapped_columns(scored: int, source_report: DataReport) -> None:
     swapped = source_report.counts.get(DROPPED_SWAPPED, 0)
-    scored = sum(row.ordered and all(completion.scored for completion in row.completions) for row, _ in rows)
     # A few such pairs are label noise and are dropped; a majority means that the columns are swapped.
     if 2 * swapped > scored:
         actual = f"{swapped} of {scored} scored pairs have a higher score for rejected than for chosen"
@@ -226,14 +225,15 @@ def split_pair(row: Comparison) -> list[Comparison]:
     ]
 
 
-def count_contradictions(rows: Sequence[Comparison], report: DataReport) -> None:
+def count_contradictions(rows: Iterable[Comparison], report: DataReport) -> None:
     """Count pairs and labels that contradict an earlier one about the same completions."""
-    first: dict[object, Comparison] = {}
+    first: dict[tuple[int, int], tuple[str, int, tuple[float, ...]]] = {}
     for row in rows:
-        # Unordered: a pair and its swap have the same key.
-        completion_texts = frozenset(reply.full_text.strip() for reply in row.replies)
-        earlier = first.setdefault((_prompt_key(row.prompt), completion_texts), row)
-        best, earlier_best = row.replies[0].full_text.strip(), earlier.replies[0].full_text.strip()
-        label_differs = len(row.replies) == 1 and row.scores != earlier.scores
-        if len(row.replies) < 3 and (best != earlier_best or label_differs):
-            report.count("contradict an earlier one, kept", f"{row.location} and {earlier.location}")
+        texts = [reply.full_text.strip() for reply in row.replies]
+        # Sorted: a pair and its swap have the same key.
+        key = (text_digest(_prompt_key(row.prompt)), text_digest(sorted(set(texts))))
+        best = text_digest(texts[0])
+        earlier, earlier_best, earlier_scores = first.setdefault(key, (row.location, best, row.scores))
+        label_differs = len(texts) == 1 and row.scores != earlier_scores
+        if len(texts) < 3 and (best != earlier_best or label_differs):
+            report.count("contradict an earlier one, kept", f"{row.location} and {earlier}")

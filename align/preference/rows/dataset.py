@@ -1,6 +1,6 @@
 """Tokenized preference data: prompts with their completions, in flat arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from align.preference.groups import Group
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import TokenizedRows
+from finetune.data.pipeline import EncodedRows
 from finetune.data.report import DataReport
 
 
@@ -55,8 +56,13 @@ class PreferenceGroups:
     scores: NDArray[np.float64]
     ranks: NDArray[np.int32]
     margins: NDArray[np.float64]
-    locations: tuple[str, ...]
-    source_ids: tuple[int, ...]
+    locations: Sequence[str]
+    source_ids: Sequence[int] | NDArray[np.int32]
+
+    @staticmethod
+    def of(rows: EncodedRows) -> "PreferenceGroups":
+        """Return tokenized rows as groups."""
+        return PreferenceGroups(**rows.arrays, locations=rows.locations, source_ids=rows.source_ids)
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -77,7 +83,7 @@ class PreferenceGroups:
             margin=float(self.margins[index]),
             row=index,
             location=self.locations[index],
-            source=self.source_ids[index],
+            source=int(self.source_ids[index]),
         )
 
     def __iter__(self) -> Iterator[TokenizedGroup]:
@@ -147,5 +153,5 @@ class PreparedPreferences:
 
     train: PreferenceGroups
     held_out: PreferenceGroups | None
-    prompts: list[Conversation]
+    prompts: Sequence[Conversation]
     report: DataReport

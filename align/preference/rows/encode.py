@@ -1,21 +1,18 @@
-"""Tokenize comparisons: prompt and completions from the template, truncation, cache."""
+"""Tokenize comparisons: prompt and completions from the template, truncation."""
 
-import hashlib
-import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from align.preference.rows.comparisons import Comparison
-from align.preference.rows.dataset import PreferenceGroups
 from data_templates.segments import Message, TemplateError
-from finetune.data.dataset import load_or_encode
+from finetune.data.mapped_cache import Arrays
+from finetune.data.pipeline import EncodedIndex
 from finetune.data.report import DataReport
-from finetune.data.tokens import Encoded, Encoder
-
-PREFERENCE_CACHE_FORMAT = 4
-"""Increased when the meaning of a cached file changes, so that old files are not read."""
+from finetune.data.row_store import Rows, as_array
+from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 
 DROPPED_UNRENDERABLE = "dropped: the template cannot render the conversation"
 ESCAPED_MARKERS = "contain template markers in their text (escaped)"
@@ -59,55 +56,39 @@ def truncate_to(
     return prompt, [ids[: limits.max_length - len(prompt)] for ids in completions]
 
 
-def tokenize_comparisons(
-    rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits, *, cache: bool, report: DataReport
-) -> PreferenceGroups:
-    """Tokenize comparisons, or read them from the cache."""
-
-    def encode(encode_report: DataReport) -> dict[str, np.ndarray]:
-        return _encode_comparisons(rows, encoder, limits, encode_report)
-
-    arrays = load_or_encode(_preference_cache_key(rows, encoder, limits), encode, cache=cache, report=report)
-    tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
-    locations, source_ids = (
-        tuple(row.location for row in tokenized),
-        tuple(row.source for row in tokenized),
-    )
-    return PreferenceGroups(**arrays, locations=locations, source_ids=source_ids)
-
-
-def _encode_comparisons(
-    rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits, report: DataReport
-) -> dict[str, np.ndarray]:
-    flat: list[int] = []
-    offsets, prompt_index, row_ids = [0], [0], []
-    scores: list[float] = []
-    ranks: list[int] = []
-    for row_id, (row, encoded) in enumerate(zip(rows, _encode_rows(rows, encoder), strict=True)):
-        prompt_and_completions = _split_prompt_completions(encoded, encoder, row.location, report)
-        truncated = prompt_and_completions and _truncate_row(
-            *prompt_and_completions, row, limits, encoder, report
-        )
-        if not truncated:
-            continue
-        prompt, completions = truncated
-        for ids in (prompt, *completions.values()):
-            flat += ids
-            offsets.append(len(flat))
-        prompt_index.append(len(offsets) - 1)
-        # Ranks are renumbered without the dropped completions; `index` lets ties share one.
-        kept_ranks = [row.ranks[index] for index in completions]
-        scores += [row.scores[index] for index in completions]
-        ranks += [kept_ranks.index(rank) for rank in kept_ranks]
-        row_ids.append(row_id)
+def encode_comparisons(
+    rows: Rows[Comparison], encoder: Encoder, limits: LengthLimits, index: EncodedIndex, report: DataReport
+) -> Arrays:
+    """Return the arrays of ``PreferenceGroups``; ``index`` receives the rows that are used."""
+    flat, offsets, prompt_index = array("i"), array("q", [0]), array("q", [0])
+    scores, ranks, margins = array("d"), array("i"), array("d")
+    for start in range(0, len(rows), CHUNK_SIZE):
+        chunk = list(rows[start : start + CHUNK_SIZE])
+        for row_id, (row, encoded) in enumerate(zip(chunk, _encode_rows(chunk, encoder), strict=True), start):
+            prompt_and_completions = _split_prompt_completions(encoded, encoder, row.location, report)
+            truncated = prompt_and_completions and _truncate_row(
+                *prompt_and_completions, row, limits, encoder, report
+            )
+            if not truncated:
+                continue
+            prompt, completions = truncated
+            for ids in (prompt, *completions.values()):
+                flat.extend(ids)
+                offsets.append(len(flat))
+            prompt_index.append(len(offsets) - 1)
+            # Ranks are renumbered without the dropped completions; `index` lets ties share one.
+            kept_ranks = [row.ranks[completion] for completion in completions]
+            scores.extend(row.scores[completion] for completion in completions)
+            ranks.extend(kept_ranks.index(rank) for rank in kept_ranks)
+            margins.append(row.margin)
+            index.add(row_id, row.location, row.source)
     return {
-        "input_ids": np.asarray(flat, dtype=np.int32),
-        "offsets": np.asarray(offsets, dtype=np.int64),
-        "prompt_index": np.asarray(prompt_index, dtype=np.int64),
-        "scores": np.asarray(scores, dtype=np.float64),
-        "ranks": np.asarray(ranks, dtype=np.int32),
-        "margins": np.asarray([rows[row_id].margin for row_id in row_ids], dtype=np.float64),
-        "row_ids": np.asarray(row_ids, dtype=np.int64),
+        "input_ids": as_array(flat, np.int32),
+        "offsets": as_array(offsets, np.int64),
+        "prompt_index": as_array(prompt_index, np.int64),
+        "scores": as_array(scores, np.float64),
+        "ranks": as_array(ranks, np.int32),
+        "margins": as_array(margins, np.float64),
     }
 
 
@@ -201,23 +182,3 @@ def _distinct_token_sequences(
         report.count(f"dropped: only tied completions are distinct{suffix}", row.location)
         return {}
     return distinct
-
-
-def _preference_cache_key(rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits) -> str:
-    head = [
-        "preferences",
-        PREFERENCE_CACHE_FORMAT,
-        encoder.fingerprint(),
-        limits.max_length,
-        limits.max_prompt_length,
-        limits.drop,
-    ]
-    digest = hashlib.sha256(json.dumps(head).encode())
-    for row in rows:
-        turns = [turn.key for turn in (*row.prompt, *row.replies)]
-        annotation = [row.scores, row.ranks, row.margin]
-        # With the location: the report is cached too, and names it.
-        digest.update(
-            json.dumps([row.location, len(row.replies), turns, annotation], ensure_ascii=False).encode()
-        )
-    return digest.hexdigest()

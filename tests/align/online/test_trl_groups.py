@@ -10,18 +10,23 @@ from transformers import set_seed
 from trl import GRPOConfig, RLOOConfig
 
 from align.engines.trl.online import TRAINERS, PromptIdTokenizer, TRLRewardFunction, prompt_order
-from align.rl.prompts import Prompt, Prompts
+from align.rl.prompts import Prompts
 from align.rl.rewards.rewards import RewardScores
 from data_templates.segments import Message
 from finetune.adapters.lora import Settings, build
+from finetune.data.conversation import Conversation
 
 STOP = 5
 PROMPT_IDS = [(7, 8, 9), (10, 11), (12, 13, 14, 15), (16,)]
 PROMPTS = Prompts(
-    tuple(
-        Prompt((Message("user", f"prompt {number}"),), ids, f"file:{number}", None)
-        for number, ids in enumerate(PROMPT_IDS)
-    )
+    {
+        "input_ids": np.concatenate(PROMPT_IDS).astype(np.int32),
+        "offsets": np.cumsum([0, *map(len, PROMPT_IDS)]),
+    },
+    [
+        Conversation([Message("user", f"prompt {number}"), Message("assistant", "")], f"file:{number}")
+        for number in range(len(PROMPT_IDS))
+    ],
 )
 
 

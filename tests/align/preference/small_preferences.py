@@ -25,7 +25,8 @@ def compare(*rows, **settings):
     """Return the comparisons of some rows, and the report."""
     report = DataReport()
     judged = [(read(row)[1], f"file:{number}") for number, row in enumerate(rows, 1)]
-    return build_comparisons(judged, PreferenceSettings(**settings), source=0, report=report), report
+    rows = build_comparisons(judged, PreferenceSettings(**settings), source=0, report=report)
+    return list(rows), report
 
 
 def prepared(rows, *, template="hh", tokens="qwen", max_length=512, kind="rankings", seed=0, **settings):

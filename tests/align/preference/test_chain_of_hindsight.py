@@ -28,7 +28,7 @@ def ranked(*replies: str, where: str = "f:1") -> Comparison:
 
 def test_best_and_worst_follow_their_control_texts():
     rows = [ranked("best", "middle", "worst", where=f"f:{line}") for line in range(40)]
-    conversations = build_chains(rows, good=GOOD, bad=BAD, seed=0)
+    conversations = list(build_chains(rows, good=GOOD, bad=BAD, seed=0))
     orders = set()
     for conversation in conversations:
         texts = [turn.content for turn in conversation.messages]
@@ -42,7 +42,7 @@ def test_best_and_worst_follow_their_control_texts():
 
 def test_order_depends_on_the_seed():
     rows = [ranked("a", "b", where=f"f:{line}") for line in range(20)]
-    first, again, other = (build_chains(rows, good=GOOD, bad=BAD, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (list(build_chains(rows, good=GOOD, bad=BAD, seed=seed)) for seed in (0, 0, 1))
     assert first == again and first != other
 
 

@@ -52,7 +52,7 @@ def test_pairs_serve_as_labels():
     data = prepared(rows(3), kind="labels")
     assert data.train.num_completions.tolist() == [1] * 6
     assert data.train.scores.tolist() == [1.0, 0.0] * 3 and np.isnan(data.train.margins).all()
-    assert data.train.locations == ("row 1", "row 1", "row 2", "row 2", "row 3", "row 3")
+    assert data.train.locations == ["row 1", "row 1", "row 2", "row 2", "row 3", "row 3"]
     assert "pairs of data.source split into labels" in data.report.notes[0]
     assert "3 good, 3 bad" in data.report.lines()[2]
 

@@ -14,7 +14,7 @@ from data_templates.segments import Message
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.data.dataset import PreparedData, TokenizedRows
 from finetune.data.documents import documents_to_rows, prepare_documents
-from finetune.data.sources import data_fingerprint
+from finetune.data.files import data_fingerprint
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DocumentSettings

@@ -3,7 +3,7 @@
 import pytest
 
 from data_templates.segments import Message
-from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.layouts import detect_layout, parse_rows
 from finetune.data.sources import SourceRow
 from finetune.recipe.errors import UserError
 
@@ -17,7 +17,7 @@ S, U, A = (
 def read(row, columns=None):
     """Return one row's layout name and conversation."""
     layout = detect_layout(row, columns=columns)
-    [conversation] = parse_conversations([SourceRow(row, "file:1")], layout, columns)
+    [conversation] = parse_rows([SourceRow(row, "file:1")], layout, columns)
     return layout.name, conversation
 
 
@@ -192,7 +192,7 @@ def turn(**fields):
 def test_pain_24_a_bad_row_is_reported_with_line_and_field(good, bad, message):
     layout = detect_layout(good)
     with pytest.raises(UserError) as caught:
-        parse_conversations([SourceRow(good, "file:1"), SourceRow(bad, "file:2")], layout, None)
+        parse_rows([SourceRow(good, "file:1"), SourceRow(bad, "file:2")], layout, None)
     assert str(caught.value).startswith(f"file:2: {message}")
     assert len(caught.value.problems) == 1
 
@@ -200,7 +200,7 @@ def test_pain_24_a_bad_row_is_reported_with_line_and_field(good, bad, message):
 def test_many_bad_rows_are_summarized():
     rows = [SourceRow({"instruction": "q", "output": number}, f"file:{number}") for number in range(1, 21)]
     with pytest.raises(UserError) as caught:
-        parse_conversations(rows, detect_layout(ALPACA), None)
+        parse_rows(rows, detect_layout(ALPACA), None)
     wheres = [problem.where for problem in caught.value.problems]
     assert wheres == ["file:1", "file:2", "file:3", "file:4", "file:5", "and 15 more rows"]
     assert "20 of 20 rows do not fit" in str(caught.value)
@@ -208,7 +208,7 @@ def test_many_bad_rows_are_summarized():
 
 def test_long_values_are_shortened():
     with pytest.raises(UserError) as caught:
-        parse_conversations(
+        parse_rows(
             [SourceRow({"instruction": ["x" * 500], "output": "a"}, "file:1")], detect_layout(ALPACA), None
         )
     assert len(caught.value.problems[0].actual) < 100

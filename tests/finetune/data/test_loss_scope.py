@@ -7,7 +7,7 @@ from small_tokenizers import tokenizer as small_tokenizer
 
 from data_templates.segments import Message
 from finetune.data.dataset import PreparedData, apply_loss_scope, build_loss_mask, prepare_conversations
-from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.layouts import detect_layout, parse_rows
 from finetune.data.sources import SourceRow
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
@@ -107,7 +107,7 @@ def test_scope_all_trains_marked_turns_and_reports_it() -> None:
 def test_pain_24_invalid_train_flags_are_reported(flag: dict[str, Any], message: str) -> None:
     row = turns(reply_1=flag)
     with pytest.raises(UserError) as caught:
-        parse_conversations([SourceRow(row, "file:1")], detect_layout(row), None)
+        parse_rows([SourceRow(row, "file:1")], detect_layout(row), None)
     assert str(caught.value).startswith(f"file:1: {message}")
 
 

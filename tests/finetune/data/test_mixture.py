@@ -12,8 +12,9 @@ from small_tokenizers import tokenizer
 
 from data_templates.segments import DOCUMENT_START, Message
 from finetune.data.conversation import Conversation
+from finetune.data.conversation_rows import ConversationRows
 from finetune.data.dataset import prepare_conversations
-from finetune.data.load import load_conversations
+from finetune.data.load import load_rows
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
@@ -38,7 +39,9 @@ def mixed(
     *mix: dict[str, Any], seed: int = 0, **data: Any
 ) -> tuple[list[Conversation], list[Any], DataReport]:
     report = DataReport()
-    train, held_out = load_conversations(DataSettings(mix=list(mix), **data), seed, report, DataReport())
+    train, held_out = load_rows(
+        ConversationRows(), DataSettings(mix=list(mix), **data), seed, report, DataReport()
+    )
     return train, held_out, report
 
 

@@ -7,7 +7,7 @@ from small_tokenizers import tokenizer
 
 from data_templates.segments import REPLY_ROLES, TemplateError
 from finetune.data.conversation import render_reply
-from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.layouts import detect_layout, parse_rows
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 
@@ -47,7 +47,7 @@ def test_published_files_are_read_and_encoded(path, rows, layout, columns, templ
     assert rows is None or len(source) == rows
     actual = detect_layout(source[0].columns, columns=columns)
     assert actual.name == layout
-    conversations = parse_conversations(source, actual, columns)
+    conversations = parse_rows(source, actual, columns)
     assert len(conversations) == len(source)
     encoder = Encoder(tokenizer("qwen"), template)
     some = conversations[:ENCODED]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.load import load_conversations
+from finetune.data.conversation_rows import ConversationRows
+from finetune.data.load import load_rows
 from finetune.data.report import DataReport
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings
@@ -21,7 +22,7 @@ def rows(count: int = 10):
 def select_from(source, seed: int = 0, **select):
     report = DataReport()
     data = DataSettings(source=source, select=select)
-    train, _ = load_conversations(data, seed, report, DataReport())
+    train, _ = load_rows(ConversationRows(), data, seed, report, DataReport())
     return [row.messages[0].content for row in train], report
 
 
@@ -81,7 +82,7 @@ def test_rating_comes_before_the_number_of_rows():
 def test_duplicates_are_counted_without_select():
     source = [*rows(3), *rows(2)]
     report = DataReport()
-    train, _ = load_conversations(DataSettings(source=source), 0, report, DataReport())
+    train, _ = load_rows(ConversationRows(), DataSettings(source=source), 0, report, DataReport())
     assert len(train) == 5 and report.counts == {"identical to an earlier row (not dropped)": 2}
     assert report.examples == {"identical to an earlier row (not dropped)": "row 4 repeats row 1"}
 
@@ -90,7 +91,7 @@ def test_held_out_duplicates_of_training_rows_are_reported(tmp_path: Path):
     other = tmp_path / "held_out.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
     aside = DataReport()
-    load_conversations(DataSettings(source=rows(3), held_out=str(other)), 0, DataReport(), aside)
+    load_rows(ConversationRows(), DataSettings(source=rows(3), held_out=str(other)), 0, DataReport(), aside)
     assert aside.counts == {"identical to a training row": 2}
     assert aside.examples == {"identical to a training row": f"{other}:1 repeats row 1"}
 

@@ -12,7 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.data.sources import read_source, source_fingerprint
+from finetune.data.files import source_fingerprint
+from finetune.data.sources import read_source
 from finetune.recipe.errors import UserError
 
 ROWS = [{"instruction": "add", "output": "5"}, {"instruction": "더하기", "output": 'say "hi",\nplease'}]
@@ -189,7 +190,7 @@ def test_a_subset_of_a_hub_dataset_follows_a_colon(monkeypatch, name, requested)
 
 def test_pain_24_an_unreachable_hub_is_one_clear_message(tmp_path):
     # The library reads the switch when it is imported, hence a process of its own.
-    code = "from finetune.data.sources import read_source; read_source('nobody/nothing', split='train')"
+    code = "from finetune.data.sources import read_source; read_source('nobody/nothing')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", code]
     root = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ import pytest
 
 from data_templates.segments import Message
 from finetune.data.conversation import calls_to_json_lines, tools_to_json_lines
-from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.layouts import detect_layout, parse_rows
 from finetune.data.sources import SourceRow
 from finetune.recipe.errors import UserError
 
@@ -53,7 +53,7 @@ def read(**changes):
     """Return a row's conversation."""
     row = {"conversations": TURNS, "tools": [AREA], **changes}
     layout = detect_layout(row)
-    [conversation] = parse_conversations([SourceRow(row, "file:1")], layout, None)
+    [conversation] = parse_rows([SourceRow(row, "file:1")], layout, None)
     return layout.name, conversation
 
 

@@ -1,0 +1,109 @@
+"""Prompts as a kind of rows: conversations up to the last user turn, held out by prompt."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.preference.rows.comparison_rows import split_by_prompt
+from align.rl.prompt_layouts import PROMPT_LAYOUTS
+from data_templates.segments import REPLY_ROLES, Message
+from finetune.data.conversation import Conversation
+from finetune.data.layouts import Layout, match_layout
+from finetune.data.load import SELECT_STREAM, Ids, SourceSpec, count_duplicates, count_leaked, open_source
+from finetune.data.mixture import MixtureComponent
+from finetune.data.report import DataReport, SourceReport
+from finetune.data.row_store import Rows, RowStore
+from finetune.data.selection import select_rows
+from finetune.recipe.errors import Problem, UserError
+
+NAME_PROMPT_COLUMN = "name the column of the prompt: 'data.columns={prompt: QUESTION_COLUMN}'"
+NO_USER_TURN = "dropped: the prompt does not end with a user turn"
+EMPTY_PROMPT_TURN = "dropped: empty turn in the prompt"
+
+PromptTurns = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A row before tokenization: the turns up to the completion, and the row's own reply if it has one."""
+
+    prompt: PromptTurns
+    expected: str | None
+    location: str
+    source_index: int
+
+    @property
+    def text_key(self) -> object:
+        """Return the key by which duplicate prompts are found: role and texts of each turn."""
+        return tuple(turn.key for turn in self.prompt)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts, with the row's own reply as a reference answer."""
+
+    def load(
+        self, spec: SourceSpec, index: int, seed: int, report: DataReport
+    ) -> MixtureComponent[RawPrompt]:
+        """Return a source's prompts."""
+        return load_source_prompts(spec, index, seed, report)
+
+    def split(self, rows: Rows[RawPrompt], held_out: int | float, seed: int) -> tuple[Ids, Ids]:
+        """Split by prompt, not by row: copies of a prompt would leak into the held-out split."""
+        return split_by_prompt(rows, held_out, seed)
+
+    def count_relations(
+        self,
+        rows: Rows[RawPrompt],
+        splits: tuple[Rows[RawPrompt], Rows[RawPrompt]],
+        reports: tuple[DataReport, DataReport],
+    ) -> None:
+        """Count duplicates, and held-out prompts that are also training prompts."""
+        train, held_out = splits
+        count_duplicates(rows, reports[0])
+        count_leaked(held_out, train, reports[1])
+
+
+def load_source_prompts(
+    spec: SourceSpec, index: int, seed: int, report: DataReport
+) -> MixtureComponent[RawPrompt]:
+    """Return the prompts of source number ``index``.
+
+    Raises:
+        UserError: the source cannot be read, its rows match no layout, or no row has a prompt.
+    """
+
+    def match(names: list[str]) -> Layout[list[Message]]:
+        return match_layout(
+            names, PROMPT_LAYOUTS, columns=spec.columns, where=spec.name, repair=NAME_PROMPT_COLUMN
+        )
+
+    layout, parsed = open_source(spec, index, seed, match)
+    store = RowStore(Conversation(messages, row.location, index, rating) for messages, row, rating in parsed)
+    rows = store.rows()
+    if spec.select is not None:
+        rng = np.random.default_rng([seed, index, SELECT_STREAM])
+        rows = select_rows(rows, spec.select, rng=rng, report=report)
+    prompts = RowStore(_split_prompts(rows, report)).rows()
+    if not prompts:
+        actual = f"nothing to answer: {'; '.join(report.lines()[1:])}"
+        repair = f"check the rows above, or {'select more rows' if spec.select else NAME_PROMPT_COLUMN}"
+        raise UserError(Problem(spec.key, actual, "rows with a user turn", repair))
+    source_report = SourceReport(spec.name, layout.name, num_read=len(store), num_usable=len(prompts))
+    return MixtureComponent(source_report, prompts)
+
+
+def _split_prompts(rows: Iterable[Conversation], report: DataReport) -> Iterator[RawPrompt]:
+    """Split rows into prompt and final reply; rows without a prompt are dropped and counted."""
+    for row in rows:
+        messages, expected = list(row.messages), None
+        while messages and messages[-1].role in REPLY_ROLES:
+            expected = messages.pop().full_text
+        # "observation" is a tool's result, which the policy answers as it does a user.
+        if not messages or messages[-1].role not in ("user", "observation"):
+            report.count(NO_USER_TURN, row.location)
+        elif any(turn.is_empty for turn in messages):
+            report.count(EMPTY_PROMPT_TURN, row.location)
+        else:
+            yield RawPrompt(tuple(messages), expected or None, row.location, row.source_index)
