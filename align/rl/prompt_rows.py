@@ -1,15 +1,17 @@
 """Prompts as a kind of rows: conversations up to the last user turn, held out by prompt."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from align.preference.rows.comparison_rows import split_by_prompt
-from align.rl.prompt_layouts import PROMPT_LAYOUTS
+from align.preference.rows.fields import prepend_system, prompt_turns
+from align.preference.rows.layouts import LABELED, RANKINGS, PreferenceRow
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.conversation import Conversation
-from finetune.data.layouts import Layout, match_layout
+from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, text_field
 from finetune.data.load import SELECT_STREAM, Ids, SourceSpec, count_duplicates, count_leaked, open_source
 from finetune.data.mixture import MixtureComponent
 from finetune.data.report import DataReport, SourceReport
@@ -22,6 +24,43 @@ NO_USER_TURN = "dropped: the prompt does not end with a user turn"
 EMPTY_PROMPT_TURN = "dropped: empty turn in the prompt"
 
 PromptTurns = tuple[Message, ...]
+PromptColumns = Mapping[str, Any]
+PromptReader = Callable[[PromptColumns], list[Message]]
+
+
+def _best_reply_reader(read_row: Callable[[PromptColumns], PreferenceRow]) -> PromptReader:
+    """Return a reader of the prompt with its best reply, or without a reply if none is known to be good."""
+
+    def read_messages(columns: PromptColumns) -> list[Message]:
+        row = read_row(columns)
+        best = (
+            row.completions[0]
+            if row.ordered
+            else max(row.completions, key=lambda completion: completion.score)
+        )
+        # A single completion that is labeled bad is no reference answer.
+        is_bad = len(row.completions) == 1 and best.score == 0
+        return [*best.prompt, *([best.reply] if best.reply is not None and not is_bad else [])]
+
+    return read_messages
+
+
+def _instruction_messages(columns: PromptColumns) -> list[Message]:
+    context = text_field(columns, "input", optional=True)
+    return prepend_system(columns, [Message("user", text_field(columns, "instruction"), context=context)])
+
+
+PROMPT_LAYOUTS: Sequence[Layout[list[Message]]] = (
+    *(
+        Layout(layout.name, layout.required, _best_reply_reader(layout.parse))
+        for layout in (*RANKINGS, *LABELED)
+    ),
+    *CONVERSATION_LAYOUTS,
+    Layout("prompt", ("prompt",), lambda columns: prompt_turns(columns, "prompt")),
+    Layout("instruction", ("instruction",), _instruction_messages),
+    Layout("question", ("question",), lambda columns: prompt_turns(columns, "question")),
+)
+"""The first layout that matches is used: preference data, conversations, plain prompts."""
 
 
 @dataclass(frozen=True, slots=True)
