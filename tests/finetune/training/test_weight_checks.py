@@ -108,7 +108,9 @@ def test_fsdp2_resumes_any_checkpoint(
     uninterrupted = run_on_processes(make_recipe, "whole", 1)
     run_on_processes(make_recipe, "run", num_processes, strategy)
     _interrupt_after(tmp_path / "run", 2)
-    assert_close_runs(uninterrupted, run_on_processes(make_recipe, "run", 2, "fsdp2"))
+    resumed = run_on_processes(make_recipe, "run", 2, "fsdp2")
+    assert resumed.record["status"] == "finished"
+    assert_close_runs(uninterrupted, resumed)
 
 
 def _interrupt_after(run: Path, step: int) -> None:
