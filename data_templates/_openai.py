@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_templates.segments import Message, TemplateError, with_context
-
-INLINE_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
-"""A thought at the beginning of a reply's text, with the line feeds that templates put around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +23,6 @@ class Form:
     null_content: bool = False
     text_arguments: bool = False
     named_ids: bool = False
-
-
-def lift_thought(message: Message) -> Message:
-    """Move a thought at the beginning of a reply's text to its ``reasoning``."""
-    match = INLINE_THOUGHT.match(message.content)
-    if not match or message.reasoning or message.role != "assistant":
-        return message
-    return replace(message, content=message.content[match.end() :], reasoning=match[1])
 
 
 def write_thought(thought: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from data_templates.segments import (
     BOS,
     Message,
+    Parsed,
     Segment,
     Template,
     check_single_turn,
@@ -23,6 +24,7 @@ from data_templates.segments import (
 )
 
 ANSWER_MARK = "\n#### "
+ANSWER = re.compile(r"(.*)\nThe answer is ([^\n]*\S[^\n]*)\.", re.DOTALL)
 CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -47,4 +49,11 @@ def _reasoning_segments(message: Message) -> list[Segment]:
     return [Segment(piece.kind, piece.text, message.trained, reply=True) for piece in segments]
 
 
-TEMPLATE = Template(render, markers=("\nQ:", "\nA:"))
+def parse(text: str) -> Parsed:
+    """Return a reply in GSM8K's notation (the calculator annotations are lost)."""
+    text = text.removeprefix(" ")
+    match = ANSWER.fullmatch(text)
+    return Parsed(f"{match[1]}{ANSWER_MARK}{match[2]}" if match else text)
+
+
+TEMPLATE = Template(render, markers=("\nQ:", "\nA:"), parse=parse)

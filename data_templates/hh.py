@@ -5,6 +5,7 @@ with two line feeds.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -12,6 +13,7 @@ from data_templates.segments import (
     Segment,
     Template,
     markup,
+    parse_text,
     reply_segments,
     split_system,
     user_segments,
@@ -32,4 +34,4 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments
 
 
-TEMPLATE = Template(render, markers=(HUMAN, ASSISTANT))
+TEMPLATE = Template(render, markers=(HUMAN, ASSISTANT), parse=partial(parse_text, before=" "))

@@ -1,6 +1,7 @@
 """KoAlpaca v1.1's Korean prompt: question, optional context, answer; single-turn (Beomi/KoAlpaca)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -9,6 +10,7 @@ from data_templates.segments import (
     Template,
     check_single_turn,
     markup,
+    parse_text,
     reply_segments,
     split_system,
 )
@@ -29,4 +31,6 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments + [piece for message in turns[1:] for piece in reply_segments(message, before=" ")]
 
 
-TEMPLATE = Template(render, markers=("### 질문:", "### 맥락:", "### 답변:"))
+TEMPLATE = Template(
+    render, markers=("### 질문:", "### 맥락:", "### 답변:"), parse=partial(parse_text, before=" ")
+)

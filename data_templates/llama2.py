@@ -4,6 +4,7 @@ The reference is ``generation.py`` of facebookresearch/llama.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -11,6 +12,7 @@ from data_templates.segments import (
     Segment,
     Template,
     markup,
+    parse_text,
     reply_segments,
     split_system,
     with_context,
@@ -33,4 +35,8 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments
 
 
-TEMPLATE = Template(render, markers=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"))
+TEMPLATE = Template(
+    render,
+    markers=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    parse=partial(parse_text, before=" ", after=" "),
+)

@@ -8,6 +8,7 @@ system text was before their own questions. ``mistral_v1`` is the older format, 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -15,6 +16,7 @@ from data_templates.segments import (
     Segment,
     Template,
     markup,
+    parse_text,
     reply_segments,
     split_system,
     user_segments,
@@ -39,4 +41,4 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments
 
 
-TEMPLATE = Template(render, markers=("[INST]", "[/INST]"))
+TEMPLATE = Template(render, markers=("[INST]", "[/INST]"), parse=partial(parse_text, before=" "))

@@ -5,6 +5,7 @@ mistralai/mistral-common; ``mistral`` is the format of later models.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -12,6 +13,7 @@ from data_templates.segments import (
     Segment,
     Template,
     markup,
+    parse_text,
     reply_segments,
     split_system,
     user_segments,
@@ -31,4 +33,4 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments
 
 
-TEMPLATE = Template(render, markers=("[INST]", "[/INST]"))
+TEMPLATE = Template(render, markers=("[INST]", "[/INST]"), parse=partial(parse_text, before=" "))

@@ -4,6 +4,7 @@ The loss mask comes from labels of *segments*, not of characters: nothing ever s
 response marker.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, starmap
@@ -17,6 +18,11 @@ Role = Literal["system", "tools", "user", "observation", "assistant"]
 REPLY_ROLES: tuple[Role, ...] = ("assistant",)
 """Roles of the turns that the model generates."""
 TOOL_ROLES: tuple[Role, ...] = ("tools", "observation")
+
+
+INLINE_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
+"""A thought at the beginning of a reply's text, with the line feeds that templates put around it."""
+THOUGHT_TAGS = Markers.of(("<think>", "</think>"))
 
 
 class TemplateError(ValueError):
@@ -67,6 +73,23 @@ def map_texts(message: Message, change: Callable[[str], str]) -> Message:
     )
 
 
+def lift_thought(message: Message) -> Message:
+    """Move a thought at the beginning of a reply's text to its ``reasoning``."""
+    match = INLINE_THOUGHT.match(message.content)
+    if not match or message.reasoning or message.role != "assistant":
+        return message
+    return replace(message, content=message.content[match.end() :], reasoning=match[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """The parts of a reply that was read from its text, as in a Message."""
+
+    content: str
+    reasoning: str = ""
+    tool_calls: str = ""
+
+
 DOCUMENT_START = Message("user", "", trained=False)
 """The empty prompt of a plain text, which is then the reply."""
 
@@ -108,10 +131,28 @@ def reply_segments(message: Message, *, before: str = "", after: str = "", end: 
     trained = message.trained
     return [
         *([Segment("markup", before, trained, reply=True)] if before else []),
+        *thought_segments(message),
         Segment("content", message.content, trained, reply=True),
         *([Segment("markup", after, trained, reply=True)] if after else []),
         Segment("eos", end, trained, reply=True),
     ]
+
+
+def thought_segments(message: Message) -> list[Segment]:
+    """Return the segments of a reply's thought in ``<think>`` tags, none if it has none."""
+    if not message.reasoning:
+        return []
+    trained = message.trained
+    return [
+        Segment("markup", "<think>\n", trained, reply=True, thought=True),
+        Segment("content", message.reasoning, trained, reply=True, thought=True),
+        Segment("markup", "\n</think>\n\n", trained, reply=True, thought=True),
+    ]
+
+
+def parse_text(text: str, *, before: str = "", after: str = "") -> Parsed:
+    """Return a reply that is text only, without the template's whitespace around it."""
+    return Parsed(text.removeprefix(before).removesuffix(after))
 
 
 def render_document(messages: Sequence[Message]) -> list[Segment]:
@@ -130,7 +171,9 @@ class Template:
 
     ``split`` returns one conversation for each trained reply where one rendering cannot serve them all,
     because earlier replies read differently once other turns follow. ``num_left_out`` counts the thoughts
-    and texts of earlier replies that a rendering does not repeat.
+    and texts of earlier replies that a rendering does not repeat. ``parse`` is the inverse of rendering a
+    reply: it takes the text without its end token; what it cannot parse is content. ``special_inside``:
+    replies have special tokens inside, which ``parse`` needs.
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
@@ -140,6 +183,8 @@ class Template:
     reasoning: bool = False
     split: Callable[[Sequence[Message]], list[list[Message]]] = lambda messages: [list(messages)]
     num_left_out: Callable[[Sequence[Message]], int] = lambda messages: 0
+    parse: Callable[[str], Parsed] = parse_text
+    special_inside: bool = False
 
 
 def render(
@@ -179,7 +224,13 @@ def _escape_turn(message: Message, markers: Markers) -> tuple[Message, int]:
         counts.append(count)
         return escaped
 
-    return map_texts(message, escape), sum(counts)
+    escaped = map_texts(message, escape)
+    if escaped.reasoning:
+        # Inside a thought its own end would be the reply's text.
+        reasoning, count = THOUGHT_TAGS.escape_markers(escaped.reasoning)
+        escaped = replace(escaped, reasoning=reasoning)
+        counts.append(count)
+    return escaped, sum(counts)
 
 
 def escape_at_boundaries(segments: Sequence[Segment], markers: Markers) -> tuple[list[Segment], int]:
@@ -286,7 +337,10 @@ def _check_supported(template: Template, messages: Sequence[Message]) -> None:
                 f"turn {number} is {unsupported}, but this template does not support tools; use 'toolcall'"
             )
         if message.reasoning and not template.reasoning:
-            raise TemplateError(f"turn {number} has a thought, but this template does not support reasoning")
+            raise TemplateError(
+                f"turn {number} has a thought, but this template does not support reasoning; "
+                "data.reasoning=strip removes the thoughts"
+            )
         if (message.reasoning or message.tool_calls) and message.role not in REPLY_ROLES:
             raise TemplateError(f"turn {number} is {message.role}, but only replies have thoughts and calls")
 

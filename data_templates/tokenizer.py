@@ -14,7 +14,8 @@ from functools import lru_cache, partial
 from os.path import commonprefix
 from typing import Any, Literal, Protocol
 
-from data_templates._openai import Form, lift_thought, to_openai, write_thought
+from data_templates._openai import Form, to_openai, write_thought
+from data_templates._parsing import ReplyParser
 from data_templates._shapes import (
     CALL,
     EMPTY_THOUGHT,
@@ -22,6 +23,7 @@ from data_templates._shapes import (
     OPENED_THOUGHT,
     OWN,
     PLACEHOLDER,
+    QUESTION,
     LeftOutError,
     Part,
     Shape,
@@ -31,7 +33,15 @@ from data_templates._shapes import (
     with_placeholders,
 )
 from data_templates.markers import Markers
-from data_templates.segments import Message, Segment, Template, TemplateError, markup, with_context
+from data_templates.segments import (
+    Message,
+    Segment,
+    Template,
+    TemplateError,
+    lift_thought,
+    markup,
+    with_context,
+)
 
 MIN_MARKER_LENGTH = 3
 """Minimum number of characters of a marker: a lone colon or bracket begins no turn."""
@@ -94,6 +104,8 @@ def bind_chat_template(
         reasoning=True,
         split=bound.split,
         num_left_out=bound.num_left_out,
+        parse=ReplyParser(bound.write_reply).parse,
+        special_inside=bound.has_special_inside(),
     )
 
 
@@ -130,6 +142,21 @@ class BoundTemplate:
     def num_left_out(self, messages: Sequence[Message]) -> int:
         """Return the number of earlier thoughts and texts that the template leaves out of a conversation."""
         return self._shape(self._lift_thoughts(messages)).num_left_out
+
+    def write_reply(self, reply: Message) -> tuple[str, str]:
+        """Return the thought and the text of a reply to some question, without its end."""
+        written = self._reply((QUESTION, *self._lift_thoughts([reply])))
+        return written.thought, written.text
+
+    def has_special_inside(self) -> bool:
+        """Return True if replies have special tokens inside, as the channels of gpt-oss."""
+        for reply in (EXCHANGE[1], CALL[1], replace(EXCHANGE[1], reasoning="c")):
+            try:
+                if self._special.search("".join(self.write_reply(reply))):
+                    return True
+            except TemplateError:
+                continue
+        return False
 
     def stop_tokens(self) -> tuple[str, ...]:
         """Return the special tokens with which this template ends a reply, if any."""

@@ -1,6 +1,7 @@
 """Tool calls in ChatML, in the format of Hermes and Qwen: signatures, ``<tool_call>``, ``<tool_response>``.
 
-Calls and replies carry loss; signatures and tool responses do not. The reference is the chat template of
+Calls, thoughts (in ``<think>`` tags) and replies carry loss; signatures and tool responses do not.
+The reference is the chat template of
 Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the data layout is LLaMA-Factory's
 (``conversations`` with function_call and observation, and a column ``tools``).
 """
@@ -9,7 +10,17 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from data_templates._chatml import CHATML_MARKERS, IM_END, assistant_header, assistant_reply, turn_segments
-from data_templates.segments import BOS, Message, Segment, Template, markup, split_system, user_segments
+from data_templates._parsing import parse_hermes
+from data_templates.segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    split_system,
+    thought_segments,
+    user_segments,
+)
 
 SIGNATURES = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -55,11 +66,11 @@ def _observations(messages: Sequence[Message]) -> list[Segment]:
 def _call_turn(message: Message) -> list[Segment]:
     """Return an assistant turn with its text, if it has one, and one call per line."""
     text = Segment("content", message.content, message.trained, reply=True)
-    segments = [text] if message.content else []
+    segments = [*thought_segments(message), *([text] if message.content else [])]
     # Calls are one JSON object per line: calls_to_json_lines writes no line feed inside an object.
-    for call in message.tool_calls.split("\n"):
+    for index, call in enumerate(message.tool_calls.split("\n")):
         segments += [
-            _generated_markup("\n<tool_call>\n" if segments else "<tool_call>\n", message),
+            _generated_markup("\n<tool_call>\n" if index or message.content else "<tool_call>\n", message),
             Segment("content", call, message.trained, reply=True),
             _generated_markup("\n</tool_call>", message),
         ]
@@ -71,4 +82,11 @@ def _generated_markup(text: str, message: Message) -> Segment:
     return Segment("markup", text, message.trained, reply=True)
 
 
-TEMPLATE = Template(render, markers=(*CHATML_MARKERS, *TAGS), stop=(IM_END,), tools=True)
+TEMPLATE = Template(
+    render,
+    markers=(*CHATML_MARKERS, *TAGS),
+    stop=(IM_END,),
+    tools=True,
+    reasoning=True,
+    parse=parse_hermes,
+)

@@ -4,6 +4,7 @@ The reference is ``vicuna_v1.1`` in ``conversation.py`` of lm-sys/FastChat.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from data_templates.segments import (
     BOS,
@@ -11,6 +12,7 @@ from data_templates.segments import (
     Segment,
     Template,
     markup,
+    parse_text,
     reply_segments,
     split_system,
     with_context,
@@ -39,4 +41,4 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     return segments
 
 
-TEMPLATE = Template(render, markers=("USER:", "ASSISTANT:"))
+TEMPLATE = Template(render, markers=("USER:", "ASSISTANT:"), parse=partial(parse_text, before=" "))

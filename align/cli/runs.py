@@ -86,7 +86,7 @@ def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
             turns = turns[-1:]
             reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
         click.echo(reply)
-        history = [*turns, Message("assistant", reply)]
+        history = [*turns, loaded.encoder.parse_reply(reply)]
 
 
 def _read_questions() -> Iterator[str]:

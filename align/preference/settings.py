@@ -29,6 +29,10 @@ class PreferenceSettings(DataSettings):
         "drop",
         description="pairs with equal scores: drop, or keep with the order of the row",
     )
+    # The losses compare the log-probabilities of whole completions.
+    reasoning: Literal["keep", "strip"] = Field(
+        "keep", description="thoughts of replies: a part of the completion, or removed"
+    )
     # Only the last reply of a conversation is compared.
     loss_on: Literal["assistant"] = Field("assistant", description="loss on the completions, including EOS")
 

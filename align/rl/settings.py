@@ -23,6 +23,9 @@ class PromptSettings(DataSettings):
     loss_on: Literal["assistant"] = Field(
         "assistant", description="loss on the sampled completions, including EOS"
     )
+    reasoning: Literal["keep", "strip"] = Field(
+        "keep", description="thoughts of earlier replies in a prompt: keep, or remove"
+    )
     packing: Literal[False] = Field(False, description="not used: prompts are batched for generation")
 
 

@@ -190,6 +190,11 @@ def with_control_suffix_encoder(text: TextEncoding, control_suffix: str) -> Text
 
     encoder = text.encoder
     controlled = Encoder(
-        encoder.tokenizer, encoder.name, system=encoder.system, control_suffix=control_suffix
+        encoder.tokenizer,
+        encoder.name,
+        system=encoder.system,
+        control_suffix=control_suffix,
+        template_options=encoder.template_options,
+        reasoning=encoder.reasoning,
     )
     return replace(text, encoder=controlled)

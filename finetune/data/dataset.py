@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data_templates.segments import REPLY_ROLES, Message, TemplateError
+from data_templates.segments import REPLY_ROLES, Message, TemplateError, lift_thought
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
 from finetune.data.conversation_rows import ConversationRows, no_usable_rows
@@ -28,6 +28,7 @@ from finetune.data.row_store import Rows, RowStore, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.settings import DataSettings
 
+THOUGHT_LABELS = {"strip": "have thoughts, removed", "mask": "have thoughts, kept without loss"}
 OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
 
 
@@ -169,6 +170,9 @@ class Conversations:
         if len(conversations) > 1:
             label = "are split into one row per reply (the template writes earlier replies differently)"
             report.count(label, row.location)
+        thoughts = THOUGHT_LABELS.get(self.encoder.reasoning)
+        if thoughts and any(lift_thought(message).reasoning for message in row.messages):
+            report.count(f"{thoughts} (data.reasoning={self.encoder.reasoning})", row.location)
         return [
             RowPart(row_id, messages, number == len(conversations))
             for number, messages in enumerate(conversations, 1)

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 import data_templates
 from data_templates import tokenizer as tokenizer_template
@@ -20,24 +19,27 @@ from data_templates.segments import (
     Segment,
     Template,
     TemplateError,
+    lift_thought,
     map_texts,
     render,
     render_document,
 )
 from finetune.data.conversation import with_control_suffix
+from finetune.data.tokenizer_probes import (
+    NORMALIZATIONS,
+    bos_id,
+    convert_to_ids,
+    find_anchors,
+    special_tokens,
+    tokenize_batch,
+    tokenizer_state,
+    tokenizes_equally,
+)
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
 CHUNK_SIZE = 2048
 """Conversations per tokenizer call: enough to use every core, few enough to need little memory."""
-ANCHORS = ("\n", "\t", "。", "|")
-"""Prefixes for encoding a span with tokenizers that add a space to every text, in order of preference."""
-
-NORMALIZATIONS: tuple[tuple[Callable[[str], str], str], ...] = (
-    (lambda text: unicodedata.normalize("NFKC", text), "ＵＳＥＲ："),
-    (lambda text: text.replace("▁", " "), "a▁b"),
-)
-"""Normalizations that some tokenizers apply first, each with a probe text (fullwidth marks become ASCII)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class Encoder:
     Prompt and reply are tokenized separately, so that a prompt has the same tokens whether a reply follows
     (training) or not (generation), and no token spans the boundary. ``system`` is prepended to conversations
     without a system turn; ``control_suffix`` is appended to generation prompts, never to training rows.
+    ``template_options`` are variables of the tokenizer's chat template. ``reasoning``: thoughts of replies
+    are rendered (``keep``), removed (``strip``) or rendered without loss (``mask``).
     """
 
     def __init__(
@@ -91,32 +95,36 @@ class Encoder:
         *,
         system: str | None = None,
         control_suffix: str = "",
+        template_options: Mapping[str, Any] | None = None,
+        reasoning: str = "keep",
     ) -> None:
         """Raise UserError if the tokenizer has no EOS, or lacks the chat template that is to be used."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
         self.control_suffix = control_suffix
+        self.template_options = dict(template_options or {})
+        self.reasoning = reasoning
         if tokenizer.eos_token_id is None:
             actual = "the tokenizer has no EOS token"
             raise UserError(Problem("model.base", actual, "a tokenizer with an EOS token, to end replies"))
-        self.special_tokens = _special_tokens(tokenizer)
+        self.special_tokens = special_tokens(tokenizer)
         # Tokens that the tokenizer matches as a unit, before it splits a text.
-        self._token_ids = {**tokenizer.get_added_vocab(), **_convert_to_ids(tokenizer, self.special_tokens)}
+        self._token_ids = {**tokenizer.get_added_vocab(), **convert_to_ids(tokenizer, self.special_tokens)}
         self.template = self._load_template(template)
         stop_ids = [self._token_ids[token] for token in self.template.stop if token in self._token_ids]
         self.stop_ids = sorted({int(tokenizer.eos_token_id), *stop_ids})
-        self._bos = _bos_id(tokenizer)
-        self._anchors = _find_anchors(tokenizer)
+        self._bos = bos_id(tokenizer)
+        self._anchors = find_anchors(tokenizer)
         self._normalizers = [
             normalize
             for normalize, probe in NORMALIZATIONS
-            if _tokenizes_equally(tokenizer, probe, normalize(probe))
+            if tokenizes_equally(tokenizer, probe, normalize(probe))
         ]
         # Unknown characters become <unk> anywhere in a text, so <unk> is no sign of an injected token.
         injectable = [token for token in self.special_tokens if token != tokenizer.unk_token]
         self._injectable = Markers.of(injectable)
-        self._injectable_ids = frozenset(_convert_to_ids(tokenizer, injectable).values())
+        self._injectable_ids = frozenset(convert_to_ids(tokenizer, injectable).values())
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Encode one conversation.
@@ -146,7 +154,7 @@ class Encoder:
         """
         if messages[0] == DOCUMENT_START:
             return [list(messages)]
-        return self.template.split(self._with_system(messages))
+        return self.template.split(self._prepare(messages))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a generation prompt, up to the start of the reply."""
@@ -157,9 +165,16 @@ class Encoder:
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
         # Without clean-up, which deletes spaces before punctuation that the model generated.
         text = self.tokenizer.decode(
-            list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids[:end]),
+            skip_special_tokens=not self.template.special_inside,
+            clean_up_tokenization_spaces=False,
         )
         return str(text).strip()
+
+    def parse_reply(self, text: str) -> Message:
+        """Return a generated reply as a turn with its thought and calls; text that is neither is content."""
+        parsed = self.template.parse(text)
+        return Message("assistant", parsed.content, reasoning=parsed.reasoning, tool_calls=parsed.tool_calls)
 
     def fingerprint(self) -> str:
         """Return a digest of everything that determines the token ids: tokenizer, template, system text."""
@@ -167,7 +182,8 @@ class Encoder:
         folder = Path(data_templates.__path__[0])
         names = (*data_templates.SHARED, self.name)
         files = [*sorted(folder.glob("_*.py")), *(folder / f"{name}.py" for name in names)]
-        parts = [_tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
+        parts = [tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
+        parts += [self.template_options, self.reasoning]
         parts += [file.read_text(encoding="utf-8") for file in files]
         parts += [self._bos, self.stop_ids, self.special_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -193,7 +209,11 @@ class Encoder:
     ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=opened
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=opened,
+                **self.template_options,
             )
         except Exception as error:  # a Jinja template may raise anything; its text is what the user needs
             raise TemplateError(
@@ -216,7 +236,7 @@ class Encoder:
     def _render(self, messages: Sequence[Message]) -> _RenderedRow | TemplateError:
         try:
             segments, num_escaped = self.segments(messages)
-            num_left_out = self.template.num_left_out(self._with_system(messages))
+            num_left_out = self.template.num_left_out(self._prepare(messages))
         except TemplateError as error:
             return error
         return _RenderedRow(self._merge_segments(segments), num_escaped, num_left_out)
@@ -230,12 +250,21 @@ class Encoder:
         template = self.template
         if messages and messages[0] == DOCUMENT_START:
             template = replace(template, render=render_document)
-        normalized = [self._normalize(message) for message in self._with_system(messages)]
-        return render(template, normalized, special_tokens=self.special_tokens)
+        normalized = [self._normalize(message) for message in self._prepare(messages)]
+        segments, num_escaped = render(template, normalized, special_tokens=self.special_tokens)
+        if self.reasoning == "mask":
+            segments = _mask_thoughts(segments, normalized)
+        return segments, num_escaped
 
-    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Prepend the recipe's system text; a system turn of the data wins over it."""
-        if not self.system or not messages or messages[0].role == "system" or messages[0] == DOCUMENT_START:
+    def _prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Prepend the recipe's system text, unless the data has a system turn; apply ``reasoning``."""
+        if not messages or messages[0] == DOCUMENT_START:
+            return messages
+        if self.reasoning != "keep":
+            messages = [lift_thought(message) for message in messages]
+        if self.reasoning == "strip":
+            messages = [replace(message, reasoning="") for message in messages]
+        if not self.system or messages[0].role == "system":
             return messages
         return [Message("system", self.system), *messages]
 
@@ -277,7 +306,7 @@ class Encoder:
         while prefixes_left:
             texts = [prefixes[0][0] + spans[index].text for index, prefixes in prefixes_left.items()]
             for (index, prefixes), ids in zip(
-                list(prefixes_left.items()), _tokenize_batch(self.tokenizer, texts), strict=True
+                list(prefixes_left.items()), tokenize_batch(self.tokenizer, texts), strict=True
             ):
                 prefix_ids = prefixes[0][1]
                 # The prefix has its own tokens again, so the rest are exactly the span's.
@@ -321,75 +350,16 @@ class Encoder:
         return num_special > 0 and num_special > len(self._injectable.pattern.findall(text))
 
 
-def _span_kind(segment: Segment) -> str:
-    return segment.kind if segment.kind in ("bos", "eos") else "text"
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the special tokens: named ones, and those only flagged as special (``<|start_header_id|>``)."""
-    marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *marked})
-
-
-def _convert_to_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> dict[str, int]:
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
-
-
-def _tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # Templates place BOS and EOS themselves. verbose=False: long rows are truncated or dropped later.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _tokenizes_equally(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> bool:
-    first, second = _tokenize_batch(tokenizer, [text, other])
-    # Two unknown texts have equal ids too, which proves no normalization.
-    return first == second and tokenizer.unk_token_id not in first
-
-
-def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the BOS id if this tokenizer adds it to a text by itself, else None."""
-    # Tested on a text, since a tokenizer may define a BOS and not add it.
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
-
-
-def _find_anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
-    """Return the prefixes for spans inside a sequence, each with its token ids.
-
-    SentencePiece-style tokenizers add a space in front of every text they encode, but not after other text.
+def _mask_thoughts(segments: Sequence[Segment], messages: Sequence[Message]) -> list[Segment]:
+    """Return the segments with no loss on thoughts.
 
     Raises:
-        UserError: the tokenizer merges every prefix with what follows, so that no span can be tokenized by
-            itself.
+        TemplateError: the end of a trained thought was not found in the text.
     """
-    [plain] = _tokenize_batch(tokenizer, ["a"])
-    if not tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁"):
-        return [("", [])]
-    anchor_ids = _tokenize_batch(tokenizer, list(ANCHORS))
-    joined_ids = _tokenize_batch(tokenizer, [f"{anchor}a" for anchor in ANCHORS])
-    # The anchor keeps its own tokens, and the text after it gets no additional space.
-    usable = [
-        (anchor, head)
-        for anchor, head, joined in zip(ANCHORS, anchor_ids, joined_ids, strict=True)
-        if joined[: len(head)] == head
-        and not tokenizer.convert_ids_to_tokens(joined)[len(head)].startswith("▁")
-    ]
-    if not usable:
-        actual = "the tokenizer merges a line feed with the text after it"
-        raise UserError(
-            Problem("model.base", actual, "a tokenizer that can encode a piece of text independently")
-        )
-    return usable
+    if messages[-1].reasoning and messages[-1].trained and not any(segment.thought for segment in segments):
+        raise TemplateError("the end of the thought was not found, so it cannot be masked")
+    return [replace(segment, trained=False) if segment.thought else segment for segment in segments]
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return everything that determines a tokenizer's output, as JSON-serializable data."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        added = {str(index): str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-        return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), added]
-    # The backend stores padding and truncation of its last call; neither is used here.
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+def _span_kind(segment: Segment) -> str:
+    return segment.kind if segment.kind in ("bos", "eos") else "text"

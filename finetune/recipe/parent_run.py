@@ -22,6 +22,7 @@ SCORING_STAGES = ("reward",)
 """Stages whose model scores and does not generate text: only the same stage can continue from their runs."""
 
 INHERITED_KEYS = ("base", "revision", "trust_remote_code", "quantization", "rope")
+TEMPLATE_KEYS = ("template", "template_options", "system_prompt")
 INHERITED_UNLESS_SET = ("precision", "attention")
 """Numerics of the parent run, inherited unless the recipe or the user sets them."""
 
@@ -34,14 +35,15 @@ class ParentRun:
         name: the value of ``model.init_from``: a run's folder, or ``stage/recipe``.
         model: the settings of its base model.
         adapter: the settings of its adapter; None after full tuning.
-        template: its ``data.template`` and ``data.system_prompt``; empty if it was trained on plain text.
+        template: its ``data.template``, ``data.template_options`` and ``data.system_prompt``; empty if it was
+            trained on plain text.
         notes: notes for the user.
     """
 
     name: str
     model: ModelSettings
     adapter: AdapterSettings | None
-    template: dict[str, str | None]
+    template: dict[str, Any]
     notes: list[str]
 
     @property
@@ -91,7 +93,7 @@ def parent_from_recipe(text: str, parent_stage: str, settings: StageSettings, *,
         UserError: the model of that stage does not generate text.
     """
     _check_generative(text, parent_stage, stage=stage)
-    data = settings.data.model_dump(include={"template", "system_prompt"})
+    data = settings.data.model_dump(include=set(TEMPLATE_KEYS))
     model = settings.model.model_copy(update={"init_from": None})
     return _build_parent(
         text, model, settings.adapter, template=_template_settings(parent_stage, data), notes=[]
@@ -128,7 +130,7 @@ def _build_parent(
     model: ModelSettings,
     adapter: AdapterSettings,
     *,
-    template: dict[str, str | None],
+    template: dict[str, Any],
     notes: list[str],
 ) -> ParentRun:
     traits = adapter_traits(adapter.method)
@@ -157,12 +159,12 @@ def _parse_adapter(content: dict[str, Any]) -> AdapterSettings:
     return adapter_settings(content["method"]).model_validate(content)
 
 
-def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, str | None]:
-    """Return a run's template and system prompt; {} for a run on plain text with its default template."""
+def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's template, options and system prompt; {} for a run on plain text with its default."""
     data: DataSettings = load_stage(stage).Settings().data
     if data.text_format is not None and load["template"] == data.template:
         return {}
-    return {"template": load["template"], "system_prompt": load["system_prompt"]}
+    return {key: load[key] for key in TEMPLATE_KEYS}
 
 
 def _check_generative(run: str, parent_stage: str, *, stage: str) -> None:

@@ -131,6 +131,11 @@ def _check_template(settings: StageSettings) -> Iterator[Problem]:
         expected = f"{one_of(names)} ({TEMPLATES}/)"
         repair = renamed_value("data.template", template) or did_you_mean(template, names)
         yield Problem("data.template", f"'{template}' is unknown", expected, repair)
+    if settings.data.template_options and template != "tokenizer":
+        actual = f"set, but data.template is '{template}'"
+        yield Problem(
+            "data.template_options", actual, "nothing to set", "data.template=tokenizer has variables"
+        )
 
 
 def _check_sources(settings: StageSettings) -> Iterator[Problem]:
@@ -239,7 +244,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "template",
-        message="data.template is a file of data_templates/, or `tokenizer`",
+        message="data.template is a file of data_templates/, or `tokenizer`, which alone has "
+        "data.template_options",
         source="data_templates/",
         find=_check_template,
         reads=("data",),

@@ -146,7 +146,13 @@ class DataSettings(Section):
     template: NonEmptyStr = Field(
         "alpaca", description="name of a template, or `tokenizer`: the tokenizer's chat template"
     )
+    template_options: dict[str, Any] = Field(
+        {}, description="variables of the tokenizer's chat template, such as {enable_thinking: true}"
+    )
     system_prompt: str | None = Field(None, description="system prompt for conversations without one")
+    reasoning: Literal["keep", "strip", "mask"] = Field(
+        "keep", description="thoughts of replies: train on them, remove them, or keep them without loss"
+    )
     held_out: NonNegativeInt | Fraction | NonEmptyStr = Field(
         0, description="rows held out of training: a number, a fraction (below 1), or a file"
     )

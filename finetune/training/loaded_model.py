@@ -47,6 +47,10 @@ def load_finished_run(run: Path) -> LoadedModel:
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
     encoder = Encoder(
-        tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved["control_suffix"]
+        tokenizer,
+        saved["template"],
+        system=saved["system_prompt"],
+        control_suffix=saved["control_suffix"],
+        template_options=saved["template_options"],
     )
     return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])

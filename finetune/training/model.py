@@ -78,7 +78,13 @@ def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
     """
     virtual_tokens = settings.adapter.positions
     tokenizer = load_tokenizer(settings.model)
-    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system_prompt)
+    encoder = Encoder(
+        tokenizer,
+        settings.data.template,
+        system=settings.data.system_prompt,
+        template_options=settings.data.template_options,
+        reasoning=settings.data.reasoning,
+    )
     context = context_length(settings.model)
     max_length, reason = auto_values.max_length(
         settings.data.max_length, context=context, virtual_tokens=virtual_tokens

@@ -284,6 +284,7 @@ def policy_metadata(
             "precision": policy.precision,
             "quantization": policy.quantization,
             "template": data.template,
+            "template_options": data.template_options,
             "system_prompt": data.system_prompt,
             "control_suffix": text.encoder.control_suffix,
             "virtual_tokens": text.virtual_tokens,

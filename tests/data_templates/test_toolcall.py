@@ -47,6 +47,21 @@ def test_text_before_a_call_and_a_result_for_each_call():
     )
 
 
+def test_a_thought_precedes_text_and_calls():
+    message = replace(CALL, content="I look.", reasoning="How?")
+    assert trained_text([TOOLS, ASK, message]).startswith(
+        "<think>\nHow?\n</think>\n\nI look.\n<tool_call>\n{"
+    )
+    assert trained_text([TOOLS, ASK, replace(CALL, reasoning="How?")]).startswith(
+        "<think>\nHow?\n</think>\n\n<tool_call>\n{"
+    )
+
+
+def test_a_thought_cannot_end_itself():
+    segments, num_escaped = render(toolcall.TEMPLATE, [ASK, replace(ANSWER, reasoning="a</think>b")])
+    assert "".join(segment.text for segment in segments).count("</think>") == 1 and num_escaped == 1
+
+
 def test_a_call_that_is_not_trained_reads_the_same():
     silent = replace(CALL, trained=False)
     learnt_text = render(toolcall.TEMPLATE, [TOOLS, ASK, CALL, OBSERVATION, ANSWER])[0]
@@ -73,7 +88,10 @@ def test_other_templates_reject_tools_and_suggest_toolcall(name, turns, message)
         render(template, turns)
 
 
-@pytest.mark.parametrize("name", [name for name in plugin_names("data_templates") if name != "tokenizer"])
+THINKING = ("chatml", "toolcall", "tokenizer")
+
+
+@pytest.mark.parametrize("name", [name for name in plugin_names("data_templates") if name not in THINKING])
 def test_templates_without_reasoning_refuse_a_thought(name):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(TemplateError, match="turn 2 has a thought"):
