@@ -191,7 +191,7 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
             saved["template"],
             system=saved["system_prompt"],
             control_suffix=saved["control_suffix"],
-            template_options=saved["template_options"],
+            template_options=saved.get("template_options"),
         ),
         normalization={
             name: (normalization[name]["mean"], normalization[name]["std"]) for name in saved["heads"]

@@ -22,7 +22,6 @@ SCORING_STAGES = ("reward",)
 """Stages whose model scores and does not generate text: only the same stage can continue from their runs."""
 
 INHERITED_KEYS = ("base", "revision", "trust_remote_code", "quantization", "rope")
-TEMPLATE_KEYS = ("template", "template_options", "system_prompt")
 INHERITED_UNLESS_SET = ("precision", "attention")
 """Numerics of the parent run, inherited unless the recipe or the user sets them."""
 
@@ -93,7 +92,7 @@ def parent_from_recipe(text: str, parent_stage: str, settings: StageSettings, *,
         UserError: the model of that stage does not generate text.
     """
     _check_generative(text, parent_stage, stage=stage)
-    data = settings.data.model_dump(include=set(TEMPLATE_KEYS))
+    data = settings.data.model_dump(include={"template", "template_options", "system_prompt"})
     model = settings.model.model_copy(update={"init_from": None})
     return _build_parent(
         text, model, settings.adapter, template=_template_settings(parent_stage, data), notes=[]
@@ -164,7 +163,10 @@ def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, Any]:
     data: DataSettings = load_stage(stage).Settings().data
     if data.text_format is not None and load["template"] == data.template:
         return {}
-    return {key: load[key] for key in TEMPLATE_KEYS}
+    # Runs recorded before there were options have none.
+    options = load.get("template_options")
+    inherited = {"template": load["template"], "system_prompt": load["system_prompt"]}
+    return inherited | ({"template_options": options} if options else {})
 
 
 def _check_generative(run: str, parent_stage: str, *, stage: str) -> None:

@@ -51,6 +51,6 @@ def load_finished_run(run: Path) -> LoadedModel:
         saved["template"],
         system=saved["system_prompt"],
         control_suffix=saved["control_suffix"],
-        template_options=saved["template_options"],
+        template_options=saved.get("template_options"),
     )
     return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])
