@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from align.planner.row_texts import RowText, load_training_rows, row_renderer
-from finetune.data.files import data_files
+from finetune.data.files import source_files
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import PROJECT, local_path
@@ -139,7 +139,7 @@ def _local_bytes(data: DataSettings) -> int | None:
         path = local_path(source)
         if path is None:
             return None
-        total += sum(file.stat().st_size for file in data_files(path, data.text_format))
+        total += sum(file.stat().st_size for file in source_files(path, data.text_format, data.split))
     return total
 
 
@@ -267,7 +267,12 @@ def _lengths_by_file_size(data: DataSettings, size: int, max_length: int, comple
 def _count_rows(data: DataSettings) -> int | None:
     """Return the number of rows of JSON Lines files; None for other formats."""
     paths = [local_path(source) for source in _sources(data)]
-    files = [file for path in paths if path is not None for file in data_files(path, data.text_format)]
+    files = [
+        file
+        for path in paths
+        if path is not None
+        for file in source_files(path, data.text_format, data.split)
+    ]
     if not all(file.name.endswith(".jsonl") for file in files):
         return None
     return sum(_count_lines(file) for file in files)

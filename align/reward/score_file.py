@@ -15,7 +15,8 @@ from align.reward.metrics import ScoredComparisons, pair_comparisons, wilson_int
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, RowError, match_layout, parse_rows
-from finetune.data.sources import SourceRow, read_source
+from finetune.data.readers import SourceRow
+from finetune.data.sources import read_source
 from finetune.recipe.errors import Problem, UserError
 
 COLUMNS_REPAIR = "rename the columns: prompt and completion, or prompt, chosen and rejected"

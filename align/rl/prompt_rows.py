@@ -118,7 +118,7 @@ def load_source_prompts(
             names, PROMPT_LAYOUTS, columns=spec.columns, where=spec.name, repair=NAME_PROMPT_COLUMN
         )
 
-    layout, parsed = open_source(spec, index, seed, match)
+    layout, parsed = open_source(spec, index, seed, match, report)
     store = RowStore(Conversation(messages, row.location, index, rating) for messages, row, rating in parsed)
     rows = store.rows()
     if spec.select is not None:

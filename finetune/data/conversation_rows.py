@@ -61,7 +61,7 @@ def load_conversations(
     def match(names: list[str]) -> Layout[list[Message]]:
         return detect_layout(names, columns=spec.columns, where=spec.name, layouts=spec.layouts)
 
-    layout, parsed = open_source(spec, index, seed, match)
+    layout, parsed = open_source(spec, index, seed, match, report)
     store, num_read = RowStore[Conversation](), 0
     for messages, row, rating in parsed:
         num_read += 1

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from data_templates.segments import DOCUMENT_START, Message, Role
 from finetune.data.conversation import CALL_FORMAT, TOOLS_FORMAT, calls_to_json_lines, tools_to_json_lines
-from finetune.data.sources import SourceRow
+from finetune.data.readers import SourceRow
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 ROLES: dict[str, Role] = {

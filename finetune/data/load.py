@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from data_templates.segments import Message
 from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT, Layout, RowError, first_problems, parse_row
 from finetune.data.mixture import MixtureComponent, mix_components, sample_row_ids
+from finetune.data.readers import SourceRow
 from finetune.data.report import DataReport
 from finetune.data.row_store import Rows, RowT
-from finetune.data.sources import SourceRow, iter_source
+from finetune.data.sources import iter_source
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, TextFormat
 
@@ -138,7 +139,11 @@ Rated = tuple[Parsed, SourceRow, float]
 
 
 def open_source(
-    spec: SourceSpec, index: int, seed: int, match: Callable[[list[str]], Layout[Parsed]]
+    spec: SourceSpec,
+    index: int,
+    seed: int,
+    match: Callable[[list[str]], Layout[Parsed]],
+    report: DataReport,
 ) -> tuple[Layout[Parsed], Iterator[Rated[Parsed]]]:
     """Open source number ``index`` and return its layout and its parsed rows, as a stream.
 
@@ -148,6 +153,7 @@ def open_source(
         seed: of the sample.
         match: returns the layout for the column names of the first row. Rows that do not fit it are reported
             with their location.
+        report: receives what was detected in files, such as a separator.
 
     Raises:
         UserError: the source cannot be read, has no rows, or fits no layout. From the stream: rows do not fit
@@ -166,6 +172,7 @@ def open_source(
         revision=spec.revision,
         row_selector=None if max_rows is None else sample_rows,
         text_format=spec.text_format,
+        note=report.notes.append,
     )
     first = next(rows)
     layout = match(list(first.columns))

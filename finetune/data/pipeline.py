@@ -21,7 +21,7 @@ import data_templates
 from data_templates.segments import Message
 from finetune.data.cache import cache_lock, cache_path
 from finetune.data.conversation import Conversation
-from finetune.data.files import Source, data_files, data_fingerprint
+from finetune.data.files import Source, data_fingerprint, source_files
 from finetune.data.load import RowKind, load_rows
 from finetune.data.mapped_cache import Arrays, read_mapped, write_mapped
 from finetune.data.report import DataReport, SourceReport
@@ -257,7 +257,7 @@ def _source_state(source: Source | None, revision: str | None, split: str, setti
     path = local_path(source)
     if path is None:
         return [source, hub_fingerprint(source, split, revision)]
-    return [str(file) for file in data_files(path, settings.text_format)]
+    return [str(file) for file in source_files(path, settings.text_format, split)]
 
 
 def _code_digest(folder: Path) -> str:

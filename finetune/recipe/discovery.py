@@ -27,8 +27,12 @@ TEMPLATES = "data_templates"
 ALIASES = {"coh": "chain_of_hindsight"}
 """Short names of stages on the command line."""
 
-DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz")
+COMPRESSIONS = ("", ".gz", ".zst")
+DATA_SUFFIXES = (
+    *(name + end for name in (".json", ".jsonl", ".ndjson", ".csv", ".tsv") for end in COMPRESSIONS),
+    ".parquet",
+)
+TEXT_SUFFIXES = tuple(name + end for name in (".txt", ".md") for end in COMPRESSIONS)
 
 
 def plugin_names(package: str) -> list[str]:

@@ -124,7 +124,7 @@ class DataSettings(Section):
 
     source: NonEmptyStr | list[dict[str, Any]] | None = Field(
         None,
-        description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too) "
+        description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet and others; .gz, .zst too) "
         "or folder; in Python also a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
@@ -139,7 +139,9 @@ class DataSettings(Section):
     epoch_rows: PositiveInt | None = Field(
         None, description="rows per epoch of the mixture; null: until the first source is exhausted"
     )
-    split: NonEmptyStr = Field("train", description="split of a Hub dataset")
+    split: NonEmptyStr = Field(
+        "train", description="split of a Hub dataset, or of a folder whose file names say it"
+    )
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub dataset")
     columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     select: SelectSettings | None = Field(None, description="filters for the rows of `source`")

@@ -144,7 +144,7 @@ def load_comparisons(
     def match(names: list[str]) -> Layout[PreferenceRow]:
         return _recognize_layout(names, spec, kind)
 
-    layout, parsed = open_source(spec, index, seed, match)
+    layout, parsed = open_source(spec, index, seed, match, report)
     num_read = 0
 
     def located_rows() -> Iterator[tuple[PreferenceRow, str]]:

@@ -4,7 +4,7 @@ import pytest
 
 from data_templates.segments import Message
 from finetune.data.layouts import detect_layout, parse_rows
-from finetune.data.sources import SourceRow
+from finetune.data.readers import SourceRow
 from finetune.recipe.errors import UserError
 
 S, U, A = (

@@ -123,7 +123,7 @@ def test_rows_have_locations(tmp_path):
         ("a.csv", "a,b\n1,2\n\n1\n", r"a\.csv:.*the number of fields differs from the header \(2\)"),
         ("a.csv", 'a,b\n1,"2"x\n', r"a\.csv:2: .*double the quotes inside a quoted field"),
         ("a.csv", "a,a\n1,2\n", r"a\.csv:1: duplicate column 'a' in the header"),
-        ("a.jsonl", '{"a": "더"}'.encode("cp949"), r"a\.jsonl: not UTF-8: .*invalid.*iconv -f cp949"),
+        ("a.jsonl", b'{"a": "\xe9t\xe9"}', r"a\.jsonl: not UTF-8: .*invalid.*iconv -f ENCODING"),
         ("a.txt", "text", r"a\.txt: unknown file type.*\.json.*\.parquet"),
         ("a.parquet", "PAR1 no", r"a\.parquet: .*expected: a Parquet file"),
         ("a.json", "", r"a\.json:1: Expecting value"),
@@ -152,7 +152,7 @@ def test_a_corrupt_gzip_file_is_an_error(tmp_path, damage):
     path.write_bytes(broken[damage])
     error = error_message(str(path))
     assert f"{path}: cannot be read: " in error
-    assert "expected: a complete gzip file" in error
+    assert "expected: a complete compressed file" in error
 
 
 def test_a_truncated_parquet_file_is_an_error(tmp_path):
@@ -218,7 +218,7 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
         source_fingerprint(ROWS),
         source_fingerprint(ROWS[:1]),
         source_fingerprint("owner/name"),
-        source_fingerprint("owner/name", revision="abc"),
+        source_fingerprint("owner/name", "abc"),
         source_fingerprint("owner/other"),
         source_fingerprint(None),
     ]

@@ -7,7 +7,7 @@ import pytest
 from data_templates.segments import Message
 from finetune.data.conversation import calls_to_json_lines, tools_to_json_lines
 from finetune.data.layouts import detect_layout, parse_rows
-from finetune.data.sources import SourceRow
+from finetune.data.readers import SourceRow
 from finetune.recipe.errors import UserError
 
 AREA = {"name": "area", "description": "넓이", "parameters": {"type": "object", "properties": {}}}
