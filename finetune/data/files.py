@@ -62,16 +62,16 @@ def data_files(
         if path.name.lower().endswith(suffixes):
             return [path]
         raise UserError(Problem(str(path), "unknown file type", expected))
-    found = _files_in(path, suffixes, recursive=text_format is not None)
-    if not found and (path / "data").is_dir():
-        found = _files_in(path / "data", suffixes, recursive=False)
-    if not found:
+    candidates = _files_in(path, suffixes, recursive=text_format is not None)
+    if not candidates and (path / "data").is_dir():
+        candidates = _files_in(path / "data", suffixes, recursive=False)
+    if not candidates:
         raise UserError(Problem(str(path), "a folder without data files", expected))
     # A document may be called test-plan.md: its name says nothing about a split.
     files = [
-        file for file in found if is_text_file(file) or split_of(file.relative_to(path)) in (None, split)
+        file for file in candidates if is_text_file(file) or split_of(file.relative_to(path)) in (None, split)
     ]
-    others = [file.relative_to(path) for file in found if file not in files]
+    others = [file.relative_to(path) for file in candidates if file not in files]
     if not files:
         splits = ", ".join(sorted({str(split_of(file)) for file in others}))
         repair = f"data.split={splits.split(', ')[0]}, or name a file"

@@ -124,8 +124,8 @@ class DataSettings(Section):
 
     source: NonEmptyStr | list[dict[str, Any]] | None = Field(
         None,
-        description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet and others; .gz, .zst too) "
-        "or folder; in Python also a list of rows",
+        description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet and others; "
+        ".gz, .zst too) or folder; in Python also a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of `source`"

@@ -83,9 +83,10 @@ def _finished_runs(folder: Path) -> None:
     train = folder / "runs" / RUN_FOLDERS[0]
     recipe = {"data": str(folder / "my.jsonl"), "settings": {**settings, "evaluate.exact_match": 0}}
     align.run(align.load_recipe("quickstart", out=train, **recipe))  # type: ignore[arg-type]
+    # Merged, as `--base RUN` needs it: a page's command may run before its `merge`.
+    merge_run(train)
     for name in RUN_FOLDERS[1:]:
         shutil.copytree(train, train.with_name(name))
-    merge_run(train.with_name("pretrain-in-house-5e6f7a8b"))
     reward = {"data": str(folder / "pairs.jsonl"), "settings": {**settings, "model.init_from": str(train)}}
     out = train.with_name("reward-hh-1a2b3c4d")
     align.run(align.load_recipe("quickstart", stage="reward", out=out, **reward))  # type: ignore[arg-type]
