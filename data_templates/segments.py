@@ -173,7 +173,8 @@ class Template:
     because earlier replies read differently once other turns follow. ``num_left_out`` counts the thoughts
     and texts of earlier replies that a rendering does not repeat. ``parse`` is the inverse of rendering a
     reply: it takes the text without its end token; what it cannot parse is content. ``special_inside``:
-    replies have special tokens inside, which ``parse`` needs.
+    replies have special tokens inside, which ``parse`` needs. ``render_whole`` is the text that a chat
+    template of a tokenizer renders for the conversation in one piece, for checks.
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
@@ -185,6 +186,7 @@ class Template:
     num_left_out: Callable[[Sequence[Message]], int] = lambda messages: 0
     parse: Callable[[str], Parsed] = parse_text
     special_inside: bool = False
+    render_whole: Callable[[Sequence[Message]], str] | None = None
 
 
 def render(

@@ -106,6 +106,7 @@ def bind_chat_template(
         num_left_out=bound.num_left_out,
         parse=ReplyParser(bound.write_reply).parse,
         special_inside=bound.has_special_inside(),
+        render_whole=bound.render_whole,
     )
 
 
@@ -129,6 +130,10 @@ class BoundTemplate:
             return self._history(turns, self.render_text(turns, True), is_prompt=True)
         history = self._history(turns[:-1], self.render_text(turns[:-1], True), is_prompt=False)
         return [*history, *self._reply(turns).segments(turns[-1].trained)]
+
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation in one piece."""
+        return self.render_text(self._lift_thoughts(messages), messages[-1].role != "assistant")
 
     def split(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Return one conversation for each trained reply, unless one rendering serves them all."""

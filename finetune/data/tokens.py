@@ -21,6 +21,7 @@ from data_templates.segments import (
     TemplateError,
     lift_thought,
     map_texts,
+    markup,
     render,
     render_document,
 )
@@ -247,14 +248,35 @@ class Encoder:
         Raises:
             TemplateError: the template cannot render this conversation.
         """
-        template = self.template
+        prepared = [self._normalize(message) for message in self._prepare(messages)]
+        segments, num_escaped = self._render_with(self.template, prepared)
+        if self.reasoning == "mask":
+            segments = _mask_thoughts(segments, prepared)
+        return segments, num_escaped
+
+    def whole_text(self, messages: Sequence[Message]) -> str:
+        """Return a conversation's text, of the tokenizer's chat template as it renders it in one piece.
+
+        Raises:
+            TemplateError: the template cannot render this conversation.
+        """
+        template, render_whole = self.template, self.template.render_whole
+        if render_whole is not None:
+            template = replace(template, render=lambda turns: [markup(render_whole(turns))])
+        prepared = [self._normalize(message) for message in self._prepare(messages)]
+        segments, _ = self._render_with(template, prepared)
+        bos = "" if self._bos is None else str(self.tokenizer.bos_token)
+        texts = {"bos": lambda _: bos, "eos": self._end_token}
+        return "".join(texts.get(piece.kind, str)(piece.text) for piece in segments)
+
+    def _end_token(self, text: str) -> str:
+        """Return the token that ends a turn: the template's, or EOS if the tokenizer lacks it."""
+        return text if text in self._token_ids else str(self.tokenizer.eos_token)
+
+    def _render_with(self, template: Template, messages: Sequence[Message]) -> tuple[list[Segment], int]:
         if messages and messages[0] == DOCUMENT_START:
             template = replace(template, render=render_document)
-        normalized = [self._normalize(message) for message in self._prepare(messages)]
-        segments, num_escaped = render(template, normalized, special_tokens=self.special_tokens)
-        if self.reasoning == "mask":
-            segments = _mask_thoughts(segments, normalized)
-        return segments, num_escaped
+        return render(template, messages, special_tokens=self.special_tokens)
 
     def _prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Prepend the recipe's system text, unless the data has a system turn; apply ``reasoning``."""
@@ -286,9 +308,7 @@ class Encoder:
                 spans += [_TokenSpan(trained, [], text, preceding)] if text else []
                 preceding = pieces[-1] if pieces[-1] in self._token_ids else None if text else preceding
             elif kind == "eos":
-                end_tokens = [
-                    text if text in self._token_ids else str(self.tokenizer.eos_token) for text in pieces
-                ]
+                end_tokens = [self._end_token(text) for text in pieces]
                 spans.append(_TokenSpan(trained, [self._token_ids[end] for end in end_tokens]))
                 preceding = end_tokens[-1]
             elif self._bos is not None:

@@ -71,7 +71,12 @@ class SFT:
         with ctx.timed("preflight"):
             check_environment(ctx, policy)
             blocks = ctx.settings.data.text_format is not None
-            ctx.check(*check_tokenized(policy, data.train, data.report, self.text, blocks=blocks))
+            conversations = None if blocks else data.prompts
+            ctx.check(
+                *check_tokenized(
+                    policy, data.train, data.report, self.text, blocks=blocks, conversations=conversations
+                )
+            )
             ctx.check(*check_model(policy, data.train, self._training_collator()))
         return {}
 

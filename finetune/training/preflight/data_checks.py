@@ -3,13 +3,14 @@
 ``check_tokenized`` runs them for the stages that train on rows of tokens.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.collate import IGNORE_INDEX, LMExample
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import TokenizedRows
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
@@ -17,6 +18,7 @@ from finetune.distributed import sharding
 from finetune.recipe.errors import Problem
 from finetune.training.model import Policy, TextEncoding
 from finetune.training.preflight.checks import CheckResult, failed, first_few
+from finetune.training.preflight.reply_checks import check_replies
 
 MIN_EOS_SHARE = 0.99
 """Share of the untruncated rows that must end with a trained stop token; one in a hundred may not."""
@@ -217,11 +219,28 @@ def used_tokens(ids: np.ndarray, stop_ids: Collection[int]) -> set[int]:
 
 
 def check_tokenized(
-    policy: Policy, rows: TokenizedRows, report: DataReport, text: TextEncoding, *, blocks: bool = False
+    policy: Policy,
+    rows: TokenizedRows,
+    report: DataReport,
+    text: TextEncoding,
+    *,
+    blocks: bool = False,
+    conversations: Iterable[Conversation] | None = None,
 ) -> list[CheckResult]:
-    """Check tokenized training rows and their embeddings; ``blocks``: rows are cut out of documents."""
+    """Check tokenized training rows and their embeddings.
+
+    Args:
+        policy: the model.
+        rows: the training rows.
+        report: their data report.
+        text: template and tokenizer.
+        blocks: whether rows are cut out of documents.
+        conversations: some conversations of this data, whose replies are checked; None: no replies.
+    """
+    replies = [] if conversations is None else [check_replies(conversations, text.encoder)]
     return [
         *check_rows(rows, report, text.encoder, max_length=text.max_length, blocks=blocks),
+        *replies,
         check_vocabulary(policy.model, rows, text.encoder),
     ]
 

@@ -36,6 +36,7 @@ BEFORE = [
     "loss mask",
     "BOS",
     "truncation",
+    "replies",
     "vocabulary",
     "gradient",
     "accumulation",
