@@ -78,13 +78,13 @@ def adapters() -> str:
     for name in plugin_names(ADAPTERS):
         traits = adapter_traits(name)
         paper = re.search(r"arXiv (\d{4}\.\d{4,5})", load_plugin(ADAPTERS, name, where="docs").__doc__ or "")
-        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+        link = f" ([{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else ""
         base = ", ".join("unquantized" if kind == "none" else kind for kind in traits.quantization)
         packing = "yes" if traits.packing else "no"
         rate = code(f"{traits.learning_rate:g}")
-        summary = _summary(ADAPTERS, name)
-        rows.append((code(name), summary, link, base, packing, ", ".join(traits.engines), rate))
-    return table(("method", "summary", "arXiv", "base", "packing", "engines", "usual learning rate"), rows)
+        summary = f"{_summary(ADAPTERS, name).removesuffix('.')}{link}."
+        rows.append((code(name), summary, base, packing, ", ".join(traits.engines), rate))
+    return table(("method", "summary", "base", "packing", "engines", "usual learning rate"), rows)
 
 
 def templates() -> str:
@@ -104,19 +104,19 @@ def losses() -> str:
     rows = [
         (
             code(loss.name),
+            loss.summary,
             {"Pairs": "pairs", "Lists": "ranked lists"}[loss.takes],
             "yes" if loss.needs.reference else "no",
             ", ".join(code(f"{key}={_number(default)}") for key, default in loss.defaults.items()),
-            loss.summary,
         )
         for loss in all_losses().values()
     ]
-    return table(("loss", "data", "reference", "settings", "summary"), rows)
+    return table(("loss", "summary", "data", "reference", "settings"), rows)
 
 
 def metrics(stage: str = "") -> str:
     """Return the metrics of a stage, or of all stages."""
-    titles = ("metric", "unit", "definition", "better")
+    titles = ("metric", "definition", "unit", "better")
     if stage:
         return table(titles, [_metric(metric) for metric in METRICS if stage in metric.stages])
     return table((*titles, "stages"), [(*_metric(metric), _stages(metric)) for metric in METRICS])
@@ -130,7 +130,7 @@ def gpus() -> str:
 
 def _metric(metric: Metric) -> tuple[str, str, str, str]:
     names = ", ".join(map(code, metric.names))
-    return names, metric.unit, metric.formula, metric.better
+    return names, metric.formula, metric.unit, metric.better
 
 
 def _stages(metric: Metric) -> str:
@@ -149,7 +149,8 @@ def _guide(folder: str, stage: str) -> str:
 def _data(content: dict[str, Any]) -> str:
     data = content.get("data", {})
     if "mix" in data:
-        return ", ".join(code(source["source"]) for source in data["mix"])
+        first, *others = (code(source["source"]) for source in data["mix"])
+        return ", ".join([first, *others]) if len(others) < 2 else f"{first} and {len(others)} more"
     return code(str(data.get("source", "")))
 
 

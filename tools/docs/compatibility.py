@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from align.planner.compatibility import (
     DEVICE_KINDS,
+    YES,
     VerdictRow,
     adapter_rows,
     engine_rows,
@@ -55,8 +56,13 @@ def _stages_by_table(device: str) -> Iterator[tuple[list[str], str]]:
 
 
 def _verdicts(title: str, rows: list[VerdictRow]) -> str:
-    cells = ((row_label(row.labels), *map(format_cell, row.verdicts)) for row in rows)
-    return table((title, *STRATEGIES), cells)
+    return table((title, *STRATEGIES), ((row_label(row.labels), *_cells(row)) for row in rows))
+
+
+def _cells(row: VerdictRow) -> list[str]:
+    """Return a row's cells; a long one that repeats the first refers to it."""
+    first, *others = map(format_cell, row.verdicts)
+    return [first, *(f"as {STRATEGIES[0]}" if cell == first != YES else cell for cell in others)]
 
 
 def _recipe_rule(rule: Rule) -> str:

@@ -11,7 +11,7 @@ from finetune.recipe.recipe import stage_settings
 from finetune.recipe.settings import AdapterSettings, Section
 from tools.docs.markdown import code, table, value
 
-TITLES = ("key", "default", "values", "meaning")
+TITLES = ("key", "meaning", "default", "values")
 Row = tuple[str, str, str, str]
 
 
@@ -95,7 +95,7 @@ def _variants(
 def _rows(prefix: str, settings: type[Section]) -> Iterator[Row]:
     for name, field in settings.model_fields.items():
         key = f"{prefix}.{name}"
-        yield code(key), _default(field), values_text(field.annotation), _meaning(field)
+        yield code(key), _meaning(field), _default(field), values_text(field.annotation)
         inner = _inner_section(field.annotation)
         if inner is not None:
             yield from _rows(f"{key}[]" if _is_list(field.annotation) else key, inner)

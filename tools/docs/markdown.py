@@ -1,5 +1,6 @@
 """Markdown tables and cells."""
 
+import html
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -28,5 +29,12 @@ def value(content: Any) -> str:
 
 def _cell(text: str) -> str:
     # As code: the site takes `{name: value}` at the end of a cell for HTML attributes, and drops it.
-    text = BRACES.sub(lambda found: found["code"] or code(found["mapping"]), text)
+    text = BRACES.sub(lambda found: _code_span(found["code"]) or code(found["mapping"]), text)
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code_span(span: str | None) -> str:
+    """Return inline code for a cell, as HTML if it has bars: the site would show their backslashes."""
+    if span is None or "|" not in span:
+        return span or ""
+    return f"<code>{html.escape(span.strip('`'), quote=False).replace('|', '&#124;')}</code>"

@@ -23,29 +23,38 @@ def _matrix() -> str:
     reasons: list[str] = []
     rows = []
     for method in METHODS:
-        cells = [_cell(name, method, reasons) for name in PROPERTIES]
-        rows.append(f"| `{method}` | {' | '.join(cells)} |")
+        missing = _unsupported_families(method)
+        families = ", ".join(f"not {family} {_note(reason, reasons)}" for family, reason in missing.items())
+        supported = [family for family in FAMILIES if family not in missing]
+        cells = [_cell(name, method, supported, reasons) for name in PROPERTIES]
+        rows.append(f"| `{method}` | {families or 'all'} | {' | '.join(cells)} |")
     notes = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
     meanings = "".join(
         f"* **{name}**: {(function.__doc__ or '').strip()}\n" for name, function in PROPERTIES.items()
     )
-    return _table(("method", *PROPERTIES), rows) + "\n" + notes + "\n" + meanings
+    return _table(("method", "families", *PROPERTIES), rows) + "\n" + notes + "\n" + meanings
 
 
-def _cell(name: str, method: str, reasons: list[str]) -> str:
-    reasons_by_family = {family: cell(name, method, family) for family in FAMILIES}
-    refused = {
-        reason: [f for f in FAMILIES if reasons_by_family[f] == reason]
-        for reason in reasons_by_family.values()
-        if reason
-    }
+def _unsupported_families(method: str) -> dict[str, str]:
+    """Return the families that an adapter does not support at all, with the reason."""
+    by_family = {family: {cell(name, method, family) for name in PROPERTIES} for family in FAMILIES}
+    return {family: reason for family, (reason, *others) in by_family.items() if reason and not others}
+
+
+def _cell(name: str, method: str, families: list[str], reasons: list[str]) -> str:
+    by_family = {family: cell(name, method, family) for family in families}
     entries = []
-    for reason, families in refused.items():
-        if reason not in reasons:
-            reasons.append(reason)
-        where = "" if len(families) == len(FAMILIES) else f"{', '.join(families)}: "
-        entries.append(f"{where}({reasons.index(reason) + 1})")
-    return "; ".join(entries) if all(reasons_by_family.values()) else "; ".join(["yes", *entries])
+    for reason in dict.fromkeys(filter(None, by_family.values())):
+        refused = [family for family in families if by_family[family] == reason]
+        where = "" if refused == families else f"{', '.join(refused)}: "
+        entries.append(where + _note(reason, reasons))
+    return "; ".join(entries) if all(by_family.values()) else "; ".join(["yes", *entries])
+
+
+def _note(reason: str, reasons: list[str]) -> str:
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"({reasons.index(reason) + 1})"
 
 
 def _table(titles: tuple[str, ...], rows: list[str]) -> str:

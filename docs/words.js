@@ -1,0 +1,24 @@
+// In code, a word such as --data or llama-2-7b does not break at its hyphens.
+// In tables, a long name such as train.gradient_checkpointing may break after a dot, a slash or an underscore.
+for (const code of document.querySelectorAll("article code")) {
+  const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+  const texts = [];
+  while (walker.nextNode()) texts.push(walker.currentNode);
+  for (const text of texts) text.replaceWith(...pieces(text.data, code.closest("td, th")));
+}
+
+function pieces(text, inTable) {
+  const parts = text.split(/((?<![\w-])-{0,2}\w+(?:-\w+)+(?!\w)|(?<![\w-])--?\w+)/);
+  return parts.flatMap((part) => {
+    if (part.startsWith("-") || (part.includes("-") && part.length < 25)) return word(part);
+    if (!inTable) return part;
+    return part.split(/(?<=\w[._/])(?=\w)/).flatMap((name, i) => (i ? [document.createElement("wbr"), name] : name));
+  });
+}
+
+function word(text) {
+  const span = document.createElement("span");
+  span.className = "word";
+  span.textContent = text;
+  return span;
+}
