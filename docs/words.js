@@ -1,5 +1,5 @@
 // In code, a word such as --data or llama-2-7b does not break at its hyphens.
-// In tables, a long name such as train.gradient_checkpointing may break after a dot, a slash or an underscore.
+// In tables, a long name such as train.gradient_checkpointing may break at dots, slashes and underscores.
 for (const code of document.querySelectorAll("article code")) {
   const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
   const texts = [];
@@ -11,9 +11,12 @@ function pieces(text, inTable) {
   const parts = text.split(/((?<![\w-])-{0,2}\w+(?:-\w+)+(?!\w)|(?<![\w-])--?\w+)/);
   return parts.flatMap((part) => {
     if (part.startsWith("-") || (part.includes("-") && part.length < 25)) return word(part);
-    if (!inTable) return part;
-    return part.split(/(?<=\w[._/])(?=\w)/).flatMap((name, i) => (i ? [document.createElement("wbr"), name] : name));
+    return inTable ? part.split(/([\w./=[\]]{14,})/).flatMap((name, i) => (i % 2 ? breakable(name) : name)) : part;
   });
+}
+
+function breakable(name) {
+  return name.split(/(?<=[\w\]][._/=])(?=\w)/).flatMap((part) => [part, document.createElement("wbr")]).slice(0, -1);
 }
 
 function word(text) {

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One user error: location, value found, value expected, and a suggested fix (``repair``)."""
+    """One user error.
+
+    Attributes:
+        where: its location: a key, a file with its line, or an option.
+        actual: what was found there.
+        expected: what is allowed.
+        repair: a suggested fix, or "".
+    """
 
     where: str
     actual: str
@@ -34,10 +41,14 @@ class Problem:
 
 
 class UserError(Exception):
-    """All problems found in the user's input; the command line prints them and exits with status 2."""
+    """All problems found in the user's input; the command line prints them and exits with status 2.
+
+    Attributes:
+        problems: each of them.
+    """
 
     def __init__(self, problems: Problem | Sequence[Problem]) -> None:
-        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:

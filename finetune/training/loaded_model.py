@@ -17,7 +17,13 @@ from finetune.training.model import context_length, load_base
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model with its encoder, ready to generate."""
+    """A trained model with its encoder, ready to generate.
+
+    Attributes:
+        model: base and adapter.
+        encoder: tokenizer and template of the run.
+        context: context length of the model in tokens.
+    """
 
     model: nn.Module
     encoder: Encoder

@@ -248,7 +248,14 @@ def _json_sha256(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """A run's directory, record (run.json), metrics (one entry per logged step) and samples."""
+    """The result of a run.
+
+    Attributes:
+        directory: the run directory.
+        record: content of run.json.
+        metrics: one entry per logged step.
+        samples: one entry per prompt, with the replies before and after training.
+    """
 
     directory: Path
     record: dict[str, Any]

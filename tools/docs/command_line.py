@@ -39,7 +39,8 @@ def _visible() -> Iterator[click.Command]:
 
 def _section(commands: list[click.Command]) -> str:
     names = [command_.name or "" for command_ in commands]
-    heading = f"## {', '.join(names)}"
+    # With the program's name, so that `list` in a signature of the Python API is no reference to it.
+    heading = f"## {PROGRAM} {', '.join(names)}"
     helps = [(code(f"{PROGRAM} {command_.name}"), _help(command_)) for command_ in commands]
     text = f"{helps[0][1]}\n" if len(commands) == 1 else table(("command", "runs"), helps)
     usage = "\n".join(f"{PROGRAM} {command_.name} {_usage(command_)}" for command_ in commands)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from align.planner.compatibility import (
     DEVICE_KINDS,
+    NO,
     YES,
     VerdictRow,
     adapter_rows,
@@ -18,7 +19,7 @@ from finetune.distributed.solver import collected_rules, solver_rules
 from finetune.distributed.strategies import STRATEGIES
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import stage_names
-from tools.docs.markdown import table
+from tools.docs.markdown import code, table
 
 
 def _stage_table(stage: str, device: str) -> str:
@@ -61,8 +62,13 @@ def _verdicts(title: str, rows: list[VerdictRow]) -> str:
 
 def _cells(row: VerdictRow) -> list[str]:
     """Return a row's cells; a long one that repeats the first refers to it."""
-    first, *others = map(format_cell, row.verdicts)
+    first, *others = (_code_values(format_cell(verdict)) for verdict in row.verdicts)
     return [first, *(f"as {STRATEGIES[0]}" if cell == first != YES else cell for cell in others)]
+
+
+def _code_values(cell: str) -> str:
+    values, bracket, rules = cell.partition(" [")
+    return f"{' '.join(map(code, values.split()))} [{rules}" if bracket and values != NO else cell
 
 
 def _recipe_rule(rule: Rule) -> str:

@@ -32,7 +32,9 @@ def _matrix() -> str:
     meanings = "".join(
         f"* **{name}**: {(function.__doc__ or '').strip()}\n" for name, function in PROPERTIES.items()
     )
-    return _table(("method", "families", *PROPERTIES), rows) + "\n" + notes + "\n" + meanings
+    return (
+        _table(("method", "families", *PROPERTIES), rows) + "\n" + notes + "\nThe properties:\n\n" + meanings
+    )
 
 
 def _unsupported_families(method: str) -> dict[str, str]:
