@@ -157,7 +157,7 @@ def _held_out_file_keys(values: SectionValues, overridden: set[str]) -> list[tup
     return [
         ("data.held_out", REPLACED_DATA),
         ("evaluate.exact_match", reason),
-        ("evaluate.graders", reason),
+        ("evaluate.graders", "it grades the recipe's held-out rows"),
         ("train.evaluate_every", reason),
     ]
 

@@ -147,7 +147,8 @@ def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: S
     scored = [value for value in grades if value is not None]
     if not scored:
         actual = f"None for each of {len(grades)} prompts"
-        raise UserError(Problem(where, actual, "a number for some of the held-out prompts"))
+        repair = "it grades other data: evaluate.graders={} omits the recipe's graders"
+        raise UserError(Problem(where, actual, "a number for some of the held-out prompts", repair))
     return sum(scored) / len(scored)
 
 

@@ -93,6 +93,7 @@ def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
         ("high", "it returned 'high'; prompt 'q', reply 'r'"),
         (float("nan"), "it returned nan"),
         (None, "None for each of 1 prompts"),
+        (None, "repair:   it grades other data: evaluate.graders={}"),
     ],
 )
 def test_a_grader_without_a_number_is_named(value: object, message: str) -> None:
