@@ -19,6 +19,7 @@ from align.preference.rows.comparison_rows import PreferenceKind
 from align.preference.rows.dataset import to_completion_rows
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
+from align.reward.settings import RewardSettings
 from align.rl.prompts import Prompts, prepare_prompts, resolve_max_prompt_length
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.data.dataset import TokenizedRows
@@ -149,8 +150,14 @@ def _prepare_data(
         raise UserError(
             Problem("--stage", actual, f"another stage, or one of {', '.join(PREFERENCE_KINDS)}", repair)
         )
+    reward = dict(recipe.settings).get("reward")
     data = prepare_preferences(
-        settings, encoder, max_length=length, seed=seed, kind=PREFERENCE_KINDS[recipe.stage]
+        settings,
+        encoder,
+        max_length=length,
+        seed=seed,
+        kind=PREFERENCE_KINDS[recipe.stage],
+        use_margin=isinstance(reward, RewardSettings) and reward.margin_scale is not None,
     )
     firsts = np.cumsum([0, *data.train.num_completions]).tolist()
     return data.report, to_completion_rows(data.train), BatchItems(data.train.source_ids, firsts)

@@ -86,7 +86,15 @@ def load_pretraining_mix(ctx: RunContext[Settings], text: TextEncoding) -> Pretr
     report = DataReport()
     # Texts too: InstructGPT mixes the pretraining distribution.
     layouts = (*CONVERSATION_LAYOUTS, DOCUMENT)
-    spec = SourceSpec("pretraining.source", mix.source, "train", None, None, layouts=layouts)
+    spec = SourceSpec(
+        "pretraining.source",
+        mix.source,
+        "train",
+        None,
+        None,
+        layouts=layouts,
+        ignore_columns=tuple(ctx.settings.data.ignore_columns),
+    )
     kind = Conversations(text.encoder, text.max_length)
     data = tokenize_conversations(load_conversations(spec, 0, seed, report).rows, kind, report)
     ctx.log(f"pretraining: {'; '.join(report.lines())}")

@@ -14,8 +14,10 @@ from align.preference.rows.layouts import RANKINGS, PreferenceRow, ScoredComplet
 from align.reward.metrics import ScoredComparisons, pair_comparisons, wilson_interval
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import REPLY_ROLES, Message
-from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, RowError, match_layout, parse_rows
+from finetune.data.fields import RowError
+from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, with_context
 from finetune.data.readers import SourceRow
+from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
 from finetune.recipe.errors import Problem, UserError
 
@@ -188,7 +190,7 @@ def _read_unranked_responses(columns: Mapping[str, Any]) -> PreferenceRow:
     for index, entry in enumerate(columns["responses"]):
         field = f"responses[{index}]"
         turns, reply = split_completion(prompt, completion_turns({field: entry}, field), field)
-        completions.append(ScoredCompletion(tuple(turns), reply))
+        completions.append(ScoredCompletion(tuple(with_context(columns, turns)), reply))
     return PreferenceRow(tuple(completions))
 
 
@@ -197,7 +199,7 @@ def _read_completion(columns: Mapping[str, Any]) -> PreferenceRow:
     turns, reply = split_completion(
         prompt_turns(columns, "prompt"), completion_turns(columns, "completion"), "completion"
     )
-    return PreferenceRow((ScoredCompletion(tuple(turns), reply),))
+    return PreferenceRow((ScoredCompletion(tuple(with_context(columns, turns)), reply),))
 
 
 def _read_last_turn(layout: Layout[list[Message]], columns: Mapping[str, Any]) -> PreferenceRow:
@@ -209,11 +211,14 @@ def _read_last_turn(layout: Layout[list[Message]], columns: Mapping[str, Any]) -
 
 SCORABLE_LAYOUTS: Sequence[Layout[PreferenceRow]] = (
     *RANKINGS,
-    Layout("prompt/responses", ("prompt", "responses"), _read_unranked_responses),
-    Layout("prompt/completion", ("prompt", "completion"), _read_completion),
-    *(
-        Layout(layout.name, layout.required, partial(_read_last_turn, layout), layout.nullable)
-        for layout in CONVERSATION_LAYOUTS
+    Layout(
+        "prompt/responses",
+        ("prompt", "responses"),
+        _read_unranked_responses,
+        turns=("prompt",),
+        lists=("responses",),
     ),
+    Layout("prompt/completion", ("prompt", "completion"), _read_completion, turns=("prompt", "completion")),
+    *(layout.with_parser(partial(_read_last_turn, layout)) for layout in CONVERSATION_LAYOUTS),
 )
 """Comparisons first, then single completions in every instruction layout."""

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from align.preference.rows.comparison_rows import split_by_prompt
-from align.preference.rows.fields import prepend_system, prompt_turns
-from align.preference.rows.layouts import LABELED, RANKINGS, PreferenceRow
+from align.preference.rows.fields import prompt_turns
+from align.preference.rows.layouts import INSTRUCTION_COLUMNS, LABELED, RANKINGS, PreferenceRow
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.conversation import Conversation
-from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, text_field
+from finetune.data.fields import text_field
+from finetune.data.layouts import CONVERSATION_LAYOUTS, MEDIA, Layout, match_layout, with_context
 from finetune.data.load import SELECT_STREAM, Ids, SourceSpec, count_duplicates, count_leaked, open_source
 from finetune.data.mixture import MixtureComponent
 from finetune.data.report import DataReport, SourceReport
@@ -47,18 +48,20 @@ def _best_reply_reader(read_row: Callable[[PromptColumns], PreferenceRow]) -> Pr
 
 def _instruction_messages(columns: PromptColumns) -> list[Message]:
     context = text_field(columns, "input", optional=True)
-    return prepend_system(columns, [Message("user", text_field(columns, "instruction"), context=context)])
+    return with_context(columns, [Message("user", text_field(columns, "instruction"), context=context)])
+
+
+def _prompt_reader(name: str) -> PromptReader:
+    return lambda columns: with_context(columns, prompt_turns(columns, name))
 
 
 PROMPT_LAYOUTS: Sequence[Layout[list[Message]]] = (
-    *(
-        Layout(layout.name, layout.required, _best_reply_reader(layout.parse))
-        for layout in (*RANKINGS, *LABELED)
-    ),
-    *CONVERSATION_LAYOUTS,
-    Layout("prompt", ("prompt",), lambda columns: prompt_turns(columns, "prompt")),
-    Layout("instruction", ("instruction",), _instruction_messages),
-    Layout("question", ("question",), lambda columns: prompt_turns(columns, "question")),
+    *(layout.with_parser(_best_reply_reader(layout.parse)) for layout in (*RANKINGS, *LABELED)),
+    # The row's own replies are not trained: a column that says whether they are good changes nothing.
+    *(layout.with_parser(layout.parse) for layout in CONVERSATION_LAYOUTS),
+    Layout("prompt", ("prompt",), _prompt_reader("prompt"), turns=("prompt",), stops=MEDIA),
+    Layout("instruction", ("instruction",), _instruction_messages, INSTRUCTION_COLUMNS, stops=MEDIA),
+    Layout("question", ("question",), _prompt_reader("question"), turns=("question",), stops=MEDIA),
 )
 """The first layout that matches is used: preference data, conversations, plain prompts."""
 

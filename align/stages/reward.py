@@ -43,7 +43,8 @@ def build(ctx: RunContext[Settings]) -> Method:
     from finetune.training.loading import load_text_encoding
 
     text = load_text_encoding(ctx, trl_config=REWARD_CONFIG)
-    data = load_preferences(ctx, ctx.settings.data, text)
+    use_margin = ctx.settings.reward.margin_scale is not None
+    data = load_preferences(ctx, ctx.settings.data, text, use_margin=use_margin)
     return RewardModeling(ctx, text, data, load_reward_model_for_training(ctx, text.encoder))
 
 

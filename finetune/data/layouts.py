@@ -1,133 +1,192 @@
 """Dataset layouts: Alpaca, ShareGPT, messages and others, detected by column names, parsed to messages."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from data_templates.segments import DOCUMENT_START, Message, Role
-from finetune.data.conversation import CALL_FORMAT, TOOLS_FORMAT, calls_to_json_lines, tools_to_json_lines
-from finetune.data.readers import SourceRow
+from data_templates.segments import DOCUMENT_START, Message
+from finetune.data.contents import THOUGHTS
+from finetune.data.fields import RowError, alias_field, checked_text, json_cell, short_repr, text_field
+from finetune.data.tool_calls import TOOLS_FORMAT, tools_to_json_lines
+from finetune.data.turns import looks_like_turns, parse_history, parse_turns
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "observation": "observation",
-}
-TRAIN_FLAGS = ("trained", "train", "weight")
-"""Keys by which published layouts mark a turn as trained or not (axolotl: train; OpenAI: weight, 0 or 1)."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")
+CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, "history")
+"""Columns that every conversation may have: system prompt, tools, and the turns before its own."""
+
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Columns that a model of texts cannot read."""
+PREFERENCE_COLUMNS = frozenset(
+    {"chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "score"}
+)
+"""Columns that say which replies are good: without them, bad ones are trained too."""
 
 Parsed = TypeVar("Parsed")
 """What a layout parses a row into: messages here, completions of a prompt in preference data."""
+OtherParsed = TypeVar("OtherParsed")
 
-MAX_REPORTED = 5
 END_OF_TEXT = "<|endoftext|>"
 """End mark of completions written for OpenAI's fine-tuning, such as T0's tasks."""
 
 
-class RowError(ValueError):
-    """A field of a row that does not fit the layout."""
-
-    def __init__(self, field: str, actual: str, expected: str) -> None:
-        super().__init__(f"{field}: {actual}, expected {expected}")
-        self.field, self.actual, self.expected = field, actual, expected
-
-
 @dataclass(frozen=True, slots=True)
 class Layout(Generic[Parsed]):
-    """A published layout: name, required columns (some may be ``nullable``), and the parser of a row."""
+    """A published layout, detected by its required columns.
+
+    Attributes:
+        name: its name.
+        required: columns that every row has.
+        parse: returns what a row means, or raises RowError. It is pure.
+        optional: further columns that are read.
+        turns: columns that may hold turns; JSON of turns in a text is read as turns.
+        lists: columns that hold lists; JSON in a text is read as a list.
+        members: the keys that are read of the objects in a list, per column.
+        marks: required columns that tell the layout, and are not read.
+        stops: columns that would change the meaning of a row, and that this layout does not read.
+    """
 
     name: str
     required: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], Parsed]
-    nullable: tuple[str, ...] = ()
+    optional: tuple[str, ...] = CONTEXT_COLUMNS
+    turns: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    members: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    marks: tuple[str, ...] = ()
+    stops: frozenset[str] = MEDIA | PREFERENCE_COLUMNS
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return all columns that are read."""
+        return (*self.required, *self.optional)
+
+    def with_parser(self, parse: Callable[[Mapping[str, Any]], OtherParsed]) -> "Layout[OtherParsed]":
+        """Return a layout of the same columns, parsed to something else of which no reply is trained."""
+        return Layout(
+            self.name,
+            self.required,
+            parse,
+            self.optional,
+            self.turns,
+            self.lists,
+            self.members,
+            self.marks,
+            MEDIA,
+        )
+
+
+def with_context(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Insert the row's system prompt, tools and ``history``; a system turn wins over a column."""
+    head = messages[:1] if messages[0].role == "system" else system_turn(columns)
+    turns = messages[1:] if messages[0].role == "system" else messages
+    history = parse_history(columns.get("history"), "history")
+    return [*head, *_tools_turn(columns), *history, *turns]
+
+
+def system_turn(columns: Mapping[str, Any]) -> list[Message]:
+    """Return a row's system turn, or [] if its columns are blank or missing."""
+    text = alias_field(columns, SYSTEM_COLUMNS)
+    return [Message("system", text)] if text else []
+
+
+def _tools_turn(columns: Mapping[str, Any]) -> list[Message]:
+    lines = {}
+    for name in TOOL_COLUMNS:
+        try:
+            lines[name] = checked_text(tools_to_json_lines(columns.get(name)), name)
+        except RowError:
+            raise
+        except ValueError as error:
+            raise RowError(name, str(error), TOOLS_FORMAT, f"'data.ignore_columns=[{name}]'") from error
+    # `functions` is OpenAI's former name; tools in both are one list.
+    tools = "\n".join(dict.fromkeys(line for text in lines.values() for line in text.split("\n") if line))
+    return [Message("tools", tools)] if tools else []
+
+
+def _with_thought(columns: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """Return turns in which the last one has the thought of the row's column, if there is one."""
+    # Only text: such columns may also hold a switch of the template (`thinking: true`).
+    texts = {name: columns[name] for name in THOUGHTS if isinstance(columns.get(name), str)}
+    thought = alias_field(texts, THOUGHTS)
+    if not thought or turns[-1].reasoning.strip() == thought.strip():
+        return turns
+    if turns[-1].role != "assistant" or turns[-1].reasoning:
+        name = next(name for name in texts if texts[name].strip())
+        expected = "a last turn that is a reply, without another thought"
+        raise RowError(name, f"found {short_repr(thought)}", expected, f"'data.ignore_columns=[{name}]'")
+    return [*turns[:-1], replace(turns[-1], reasoning=thought)]
 
 
 def _parse_alpaca(columns: Mapping[str, Any]) -> list[Message]:
-    user = Message(
-        "user", text_field(columns, "instruction"), context=text_field(columns, "input", optional=True)
-    )
-    return [*system_turn(columns), user, Message("assistant", text_field(columns, "output"))]
+    context = text_field(columns, "input", optional=True)
+    user = Message("user", text_field(columns, "instruction"), context=context)
+    reply = Message("assistant", text_field(columns, "output"))
+    return with_context(columns, _with_thought(columns, [user, reply]))
 
 
 def _prompt_reply_parser(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Message]]:
     def parse(columns: Mapping[str, Any]) -> list[Message]:
-        if isinstance(columns[prompt], list):
-            return turns_field(columns, prompt, "role", "content") + turns_field(
-                columns, completion, "role", "content"
-            )
+        if isinstance(columns[prompt], (list, dict)):
+            turns = parse_turns(columns[prompt], prompt)
+            return with_context(columns, [*turns, *_completion_turns(columns, completion)])
         user = Message("user", text_field(columns, prompt))
-        return [*system_turn(columns), user, Message("assistant", text_field(columns, completion))]
+        return with_context(columns, [user, *_completion_turns(columns, completion)])
 
     return parse
 
 
+def _completion_turns(columns: Mapping[str, Any], name: str) -> list[Message]:
+    if isinstance(columns[name], (list, dict)):
+        return _with_thought(columns, parse_turns(columns[name], name))
+    return _with_thought(columns, [Message("assistant", text_field(columns, name))])
+
+
 def _parse_t0_tasks(columns: Mapping[str, Any]) -> list[Message]:
     completion = text_field(columns, "completion").removesuffix(END_OF_TEXT)
-    return [Message("user", text_field(columns, "prompt")), Message("assistant", completion)]
+    return with_context(
+        columns, [Message("user", text_field(columns, "prompt")), Message("assistant", completion)]
+    )
 
 
 def _parse_natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
     user = Message("user", text_field(columns, "definition"), context=text_field(columns, "inputs"))
-    return [user, Message("assistant", text_field(columns, "targets"))]
+    return with_context(columns, [user, Message("assistant", text_field(columns, "targets"))])
 
 
 def _parse_rationale(columns: Mapping[str, Any]) -> list[Message]:
     """Return question, and reasoning with answer in GSM8K's notation, which template `cot` renders."""
     reply = f"{text_field(columns, 'rationale')}\n#### {text_field(columns, 'answer')}"
-    return [
-        *system_turn(columns),
-        Message("user", text_field(columns, "question")),
-        Message("assistant", reply),
-    ]
+    return with_context(
+        columns, [Message("user", text_field(columns, "question")), Message("assistant", reply)]
+    )
 
 
-def _parse_messages(columns: Mapping[str, Any]) -> list[Message]:
-    return _with_tools(columns, turns_field(columns, "messages", "role", "content"))
+def _conversation_parser(name: str) -> Callable[[Mapping[str, Any]], list[Message]]:
+    return lambda columns: with_context(columns, parse_turns(columns[name], name))
 
 
-def _parse_sharegpt(columns: Mapping[str, Any]) -> list[Message]:
-    turns = columns["conversations"]
-    openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
-    names = ("role", "content") if openai else ("from", "value")
-    messages = turns_field(columns, "conversations", *names)
-    # ShareGPT may have the system prompt as a first turn or as a column of its own; the turn wins.
-    has_system = messages[:1] and messages[0].role == "system"
-    return _with_tools(columns, messages if has_system else [*system_turn(columns), *messages])
+def _conversation(name: str, column: str) -> Layout[list[Message]]:
+    return Layout(name, (column,), _conversation_parser(column), turns=(column,), lists=(column,))
 
 
-def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Insert the row's tools after its system turn."""
-    try:
-        lines = tools_to_json_lines(columns.get("tools"))
-    except ValueError as error:
-        raise RowError("tools", str(error), TOOLS_FORMAT) from error
-    head = 1 if messages[0].role == "system" else 0
-    tools = [Message("tools", checked_text(lines, "tools"))] if lines else []
-    return [*messages[:head], *tools, *messages[head:]]
+def _exchange(prompt: str, completion: str) -> Layout[list[Message]]:
+    columns, parse = (prompt, completion), _prompt_reply_parser(prompt, completion)
+    return Layout(f"{prompt}/{completion}", columns, parse, (*CONTEXT_COLUMNS, *THOUGHTS), turns=columns)
 
 
 CONVERSATION_LAYOUTS: tuple[Layout[list[Message]], ...] = (
-    # nullable: in a data set with a tools column, rows without tools have null there.
-    Layout("messages with tools", ("messages", "tools"), _parse_messages, nullable=("tools",)),
-    Layout("messages", ("messages",), _parse_messages),
-    Layout("ShareGPT with tools", ("conversations", "tools"), _parse_sharegpt, nullable=("tools",)),
-    Layout("ShareGPT", ("conversations",), _parse_sharegpt),
-    Layout("Alpaca", ("instruction", "output"), _parse_alpaca),
+    _conversation("messages", "messages"),
+    _conversation("ShareGPT", "conversations"),
+    Layout("Alpaca", ("instruction", "output"), _parse_alpaca, ("input", *CONTEXT_COLUMNS, *THOUGHTS)),
     Layout("Natural Instructions", ("definition", "inputs", "targets"), _parse_natural_instructions),
-    Layout("T0 tasks", ("task", "prompt", "completion"), _parse_t0_tasks),
-    Layout("prompt/completion", ("prompt", "completion"), _prompt_reply_parser("prompt", "completion")),
-    Layout("prompt/response", ("prompt", "response"), _prompt_reply_parser("prompt", "response")),
+    Layout("T0 tasks", ("task", "prompt", "completion"), _parse_t0_tasks, marks=("task",)),
+    _exchange("prompt", "completion"),
+    _exchange("prompt", "response"),
     Layout("question/rationale/answer", ("question", "rationale", "answer"), _parse_rationale),
-    Layout("question/answer", ("question", "answer"), _prompt_reply_parser("question", "answer")),
-    Layout("inputs/targets", ("inputs", "targets"), _prompt_reply_parser("inputs", "targets")),
+    _exchange("question", "answer"),
+    _exchange("inputs", "targets"),
 )
 """In order of detection: the first layout whose required columns are all present."""
 
@@ -136,7 +195,7 @@ def _parse_document(columns: Mapping[str, Any]) -> list[Message]:
     return [DOCUMENT_START, Message("assistant", text_field(columns, "text"))]
 
 
-DOCUMENT = Layout("text", ("text",), _parse_document)
+DOCUMENT = Layout("text", ("text",), _parse_document, optional=(), stops=MEDIA)
 """Plain text, where the stage accepts it."""
 
 
@@ -146,6 +205,7 @@ def detect_layout(
     columns: Mapping[str, str] | None = None,
     where: str = "data.source",
     layouts: Sequence[Layout[list[Message]]] = CONVERSATION_LAYOUTS,
+    ignored: Collection[str] = (),
 ) -> Layout[list[Message]]:
     """Return the layout of a source with these column names.
 
@@ -154,14 +214,17 @@ def detect_layout(
         columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
         where: the source, for the message.
         layouts: the accepted layouts; the first that fits is returned.
+        ignored: columns that count as absent, the recipe's ``data.ignore_columns``.
 
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
     """
     repair = "map your columns: 'data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}'"
-    names = list(names)
+    names = [name for name in names if name not in ignored]
     if layouts[0] is DOCUMENT:
         repair = "map the text column: 'data.columns={text: YOUR_COLUMN}'"
+    elif {"chosen", "rejected"} <= {*names}:
+        repair += "; for preferences: llm-align dpo --data ..."
     elif "text" in names:
         repair += "; for plain text, use continued pretraining: llm-align pretrain --data ..."
     return match_layout(names, layouts, columns=columns, where=where, repair=repair)
@@ -178,9 +241,10 @@ def match_layout(
     """Return the first of these layouts that fits; ``repair`` goes into the error if none does.
 
     Raises:
-        UserError: a mapped column does not exist, or no layout fits.
+        UserError: a mapped column does not exist, no layout fits, or it does not read a mapped column.
     """
-    for ours, theirs in (columns or {}).items():
+    columns = columns or {}
+    for ours, theirs in columns.items():
         if theirs not in names:
             actual = f"'{ours}' is mapped to '{theirs}', but {where} has no such column"
             hint = did_you_mean(theirs, names)
@@ -188,136 +252,45 @@ def match_layout(
                 hint = f"the layout's name is on the left: 'data.columns={{{theirs}: {ours}}}'"
             raise UserError(Problem("data.columns", actual, f"one of {', '.join(names)}", hint))
     # A mapped column counts under its new name only.
-    known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
-    for layout in layouts:
-        if known.issuperset(layout.required):
-            return layout
-    expected = "; ".join("+".join(layout.required) for layout in layouts)
-    raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))
+    known = {*(name for name in names if name not in columns.values()), *columns}
+    layout = next((layout for layout in layouts if known.issuperset(layout.required)), None)
+    if layout is None:
+        expected = "; ".join("+".join(layout.required) for layout in layouts)
+        raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))
+    unread = [name for name in columns if name not in layout.columns]
+    if unread:
+        actual = (
+            f"layout {layout.name} has no column '{unread[0]}', which '{columns[unread[0]]}' is mapped to"
+        )
+        suggestion = did_you_mean(unread[0], layout.columns)
+        raise UserError(Problem("data.columns", actual, f"one of {', '.join(layout.columns)}", suggestion))
+    return layout
 
 
-def parse_rows(
-    rows: Iterable[SourceRow], layout: Layout[Parsed], columns: Mapping[str, str] | None
-) -> list[Parsed]:
-    """Parse each row by a layout.
+def layout_values(
+    row: Mapping[str, Any],
+    layout: Layout[Parsed],
+    columns: Mapping[str, str] | None,
+    ignored: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return a row's values by the layout's names, without ignored columns, and with JSON cells parsed."""
+    columns = columns or {}
+    renamed = set(columns.values())
+    values = {name: value for name, value in row.items() if name not in renamed and name not in ignored}
+    values |= {ours: row.get(theirs) for ours, theirs in columns.items()}
+    for name in {*layout.lists, *layout.turns, "history"} & values.keys():
+        if isinstance(values[name], str):
+            parsed = json_cell(values[name])
+            # A prompt may be a text in brackets: only turns are read in place of it.
+            if name in layout.lists or name == "history" or looks_like_turns(parsed):
+                values[name] = parsed
+    return values
 
-    Raises:
-        UserError: some rows do not fit the layout; the first few are listed with file, line and field.
-    """
-    parsed, problems = [], []
-    for row in rows:
-        try:
-            parsed.append(parse_row(row, layout, columns))
-        except RowError as error:
-            # Collected and not raised at once: the user sees several of the rows to repair.
-            problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
-    if problems:
-        raise UserError(first_problems(problems, len(parsed) + len(problems)))
-    return parsed
 
-
-def parse_row(row: SourceRow, layout: Layout[Parsed], columns: Mapping[str, str] | None) -> Parsed:
-    """Parse a row by a layout.
-
-    Raises:
-        RowError: a required column is missing or null, or a field does not fit.
-    """
-    values = {**row.columns, **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()}}
+def parse_values(values: Mapping[str, Any], layout: Layout[Parsed]) -> Parsed:
+    """Parse the values of a row (``layout_values``); raises RowError."""
+    missing = [name for name in layout.required if values.get(name) is None]
     # Null counts as missing: formats with a fixed schema (Parquet) fill absent values with it.
-    for name in layout.required:
-        if values.get(name) is None and name not in layout.nullable:
-            raise RowError(name, "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}")
+    if missing:
+        raise RowError(missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}")
     return layout.parse(values)
-
-
-def first_problems(problems: list[Problem], num_rows: int) -> list[Problem]:
-    """Return the first few of many rows' problems, and one that counts the rest."""
-    num_more = len(problems) - MAX_REPORTED
-    if num_more <= 0:
-        return problems
-    rest = Problem(
-        f"and {num_more} more rows",
-        f"{len(problems)} of {num_rows} rows do not fit",
-        "one layout for all rows",
-    )
-    return [*problems[:MAX_REPORTED], rest]
-
-
-def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
-    """Return a column's text, "" for a missing optional one; raises RowError."""
-    value = columns.get(name)
-    if value is None and optional:
-        return ""
-    return checked_text(value, name)
-
-
-def checked_text(value: Any, field: str) -> str:
-    """Return the value if it is valid text; raises RowError otherwise."""
-    if not isinstance(value, str):
-        raise RowError(field, f"found {short_repr(value)}", "text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # A lone surrogate: JSON can write one (\ud83d), UTF-8 and tokenizers cannot.
-        actual = f"an unpaired surrogate ({value[error.start]!r}) at position {error.start + 1}"
-        raise RowError(field, actual, "valid Unicode") from error
-    return value
-
-
-def system_turn(columns: Mapping[str, Any]) -> list[Message]:
-    """Return a row's system turn, or [] if its column is empty or missing."""
-    text = text_field(columns, "system", optional=True)
-    return [Message("system", text)] if text else []
-
-
-def turns_field(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
-    """Parse a column that holds a list of turns; raises RowError."""
-    turns = columns[name]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(name, f"found {short_repr(turns)}", f"a list of turns with {role_key} and {text_key}")
-    return [_parse_turn(turn, f"{name}[{index}]", role_key, text_key) for index, turn in enumerate(turns)]
-
-
-def _parse_turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
-    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise RowError(field, f"found {short_repr(turn)}", f"an object with {role_key} and {text_key}")
-    role = turn[role_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{field}.{role_key}", f"found {short_repr(role)}", f"one of {', '.join(ROLES)}")
-    text = turn[text_key]
-    # Ignored, the reply would be trained without its calls. Empty and null: a fixed schema (Parquet).
-    if turn.get("tool_calls"):
-        expected = "none: a turn with role function_call for each call, and observation for its result"
-        raise RowError(f"{field}.tool_calls", f"found {short_repr(turn['tool_calls'])}", expected)
-    if role == "function_call":
-        try:
-            calls = checked_text(calls_to_json_lines(text), f"{field}.{text_key}")
-        except ValueError as error:
-            raise RowError(f"{field}.{text_key}", str(error), CALL_FORMAT) from error
-        return Message(ROLES[role], "", trained=_parse_train_flag(turn, field), tool_calls=calls)
-    text = checked_text(text, f"{field}.{text_key}")
-    return Message(ROLES[role], text, trained=_parse_train_flag(turn, field))
-
-
-def _parse_train_flag(turn: Mapping[str, Any], field: str) -> bool:
-    """Return a turn's train flag: ``trained`` or axolotl's ``train`` (true, false), or OpenAI's ``weight``.
-
-    Only replies use the flag.
-    """
-    for name in TRAIN_FLAGS:
-        value = turn.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowError(
-                f"{field}.{name}", f"found {short_repr(value)}", "true or 1 (train on it), false or 0"
-            )
-        if not value:
-            return False
-    return True
-
-
-def short_repr(value: Any) -> str:
-    """Return a value's repr for messages, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,7 +4,7 @@ The same for conversations, preferences and prompts; what differs is a ``RowKind
 streams, and rows are stored outside of Python's memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isfinite
@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_templates.segments import Message
-from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT, Layout, RowError, first_problems, parse_row
+from finetune.data.columns import UnusedColumns
+from finetune.data.fields import RowError
+from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT, Layout
 from finetune.data.mixture import MixtureComponent, mix_components, sample_row_ids
 from finetune.data.readers import SourceRow
 from finetune.data.report import DataReport
 from finetune.data.row_store import Rows, RowT
+from finetune.data.rows import RowParser, first_problems, row_problem
 from finetune.data.sources import iter_source
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, TextFormat
@@ -44,6 +47,7 @@ class SourceSpec:
     select: SelectSettings | None = None
     layouts: tuple[Layout[list[Message]], ...] = CONVERSATION_LAYOUTS
     text_format: TextFormat | None = None
+    ignore_columns: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,7 +106,7 @@ def load_rows(
         train, held_out = rows.take(train_ids), rows.take(held_out_ids)
     if isinstance(settings.held_out, str):
         spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        held_out = kind.load(_with_text_format(spec, settings.text_format), 0, seed, held_out_report).rows
+        held_out = kind.load(_with_shared_settings(spec, settings), 0, seed, held_out_report).rows
     kind.count_relations(rows, (train, held_out), (report, held_out_report))
     return train, held_out
 
@@ -115,16 +119,14 @@ def source_specs(settings: DataSettings) -> list[SourceSpec]:
         specs = [SourceSpec("data.source", settings.source, *shared, select=settings.select)]
     else:
         specs = [_mixture_spec(index, entry, settings.split) for index, entry in enumerate(settings.mix)]
-    return [_with_text_format(spec, settings.text_format) for spec in specs]
+    return [_with_shared_settings(spec, settings) for spec in specs]
 
 
-def _with_text_format(spec: SourceSpec, text_format: TextFormat | None) -> SourceSpec:
-    """Return the spec with the plain-text layout tried first; unchanged if ``text_format`` is None."""
-    return (
-        spec
-        if text_format is None
-        else replace(spec, layouts=(DOCUMENT, *CONVERSATION_LAYOUTS), text_format=text_format)
-    )
+def _with_shared_settings(spec: SourceSpec, settings: DataSettings) -> SourceSpec:
+    """Return the spec with what all sources share; with a text format, plain text is tried first."""
+    layouts = spec.layouts if settings.text_format is None else (DOCUMENT, *CONVERSATION_LAYOUTS)
+    ignored = tuple(settings.ignore_columns)
+    return replace(spec, layouts=layouts, text_format=settings.text_format, ignore_columns=ignored)
 
 
 def _mixture_spec(index: int, entry: MixedSource, split: str) -> SourceSpec:
@@ -144,6 +146,8 @@ def open_source(
     seed: int,
     match: Callable[[list[str]], Layout[Parsed]],
     report: DataReport,
+    *,
+    unused: Collection[str] = (),
 ) -> tuple[Layout[Parsed], Iterator[Rated[Parsed]]]:
     """Open source number ``index`` and return its layout and its parsed rows, as a stream.
 
@@ -153,11 +157,13 @@ def open_source(
         seed: of the sample.
         match: returns the layout for the column names of the first row. Rows that do not fit it are reported
             with their location.
-        report: receives what was detected in files, such as a separator.
+        report: receives what was detected in files, such as a separator, and the columns that are not used.
+        unused: columns that the layout reads, and this stage does not use.
 
     Raises:
         UserError: the source cannot be read, has no rows, or fits no layout. From the stream: rows do not fit
-            the layout; the first few are listed with file, line and field.
+            the layout (the first few are listed with file, line and field), or a column that changes what
+            they mean is not read.
     """
     rng = np.random.default_rng([seed, index, CAP_STREAM])
     max_rows = spec.max_rows
@@ -175,17 +181,21 @@ def open_source(
         note=report.notes.append,
     )
     first = next(rows)
-    layout = match(list(first.columns))
+    layout = match([name for name in first.columns if name not in spec.ignore_columns])
     column = spec.select.score if spec.select else None
     if column is not None and column not in first.columns:
         names = ", ".join(first.columns)
         where = f"{spec.key}.select.score"
         raise UserError(Problem(where, f"the source has no column '{column}'", f"one of {names}"))
-    return layout, _parse_stream(chain([first], rows), layout, spec.columns, column)
+    # The source is named only where there are several.
+    source = spec.name if spec.key.startswith("data.mix") else ""
+    columns = UnusedColumns(layout, used=[column] if column else [], unused=unused, source=source)
+    parser = RowParser(layout, spec.columns, ignored=spec.ignore_columns, unused=columns)
+    return layout, _parse_stream(chain([first], rows), parser, column, report)
 
 
 def _parse_stream(
-    rows: Iterator[SourceRow], layout: Layout[Parsed], columns: dict[str, str] | None, score: str | None
+    rows: Iterator[SourceRow], parser: RowParser[Parsed], score: str | None, report: DataReport
 ) -> Iterator[Rated[Parsed]]:
     """Yield rows until one does not fit; then read on, to report how many do not."""
     problems: list[Problem] = []
@@ -193,16 +203,17 @@ def _parse_stream(
     for row in rows:
         count += 1
         try:
-            parsed = parse_row(row, layout, columns)
+            parsed = parser.parse(row)
             rating = 0.0 if score is None else _rating(row.columns.get(score), score)
         except RowError as error:
             # Collected and not raised at once: the user sees several of the rows to repair.
-            problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
+            problems.append(row_problem(error, row.location))
             continue
         if not problems:
             yield parsed, row, rating
     if problems:
         raise UserError(first_problems(problems, count))
+    report.notes += parser.finish()
 
 
 def _rating(value: Any, column: str) -> float:

@@ -144,6 +144,11 @@ class DataSettings(Section):
     )
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub dataset")
     columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
+    ignore_columns: list[NonEmptyStr] = Field(
+        [],
+        description="columns that count as absent; one that changes what a row means (images; for sft also "
+        "chosen, label, score) stops the run unless it is named here",
+    )
     select: SelectSettings | None = Field(None, description="filters for the rows of `source`")
     template: NonEmptyStr = Field(
         "alpaca", description="name of a template, or `tokenizer`: the tokenizer's chat template"

@@ -1,7 +1,7 @@
 """Generation evals before and after training: samples, Python graders, exact match on a retention set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from data_templates.segments import Message
@@ -103,7 +103,13 @@ class GenerationEvals:
             UserError: a grader or the retention set cannot be loaded.
         """
         prompts = [row.messages for row in conversations]
-        graded = load_generation_eval(settings.evaluate, prompts, encoder, seed=settings.train.seed)
+        graded = load_generation_eval(
+            settings.evaluate,
+            prompts,
+            encoder,
+            seed=settings.train.seed,
+            ignore_columns=tuple(settings.data.ignore_columns),
+        )
         return cls(_select_samples(settings.evaluate, prompts, encoder), graded)
 
     @property
@@ -153,7 +159,12 @@ def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: S
 
 
 def load_generation_eval(
-    settings: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, seed: int
+    settings: EvaluateSettings,
+    prompts: Sequence[Sequence[Message]],
+    encoder: Encoder,
+    *,
+    seed: int,
+    ignore_columns: tuple[str, ...] = (),
 ) -> GenerationEval:
     """Load a recipe's graders and retention set.
 
@@ -162,6 +173,7 @@ def load_generation_eval(
         prompts: held-out conversations; graders see ``grader_rows`` of them, evenly spaced.
         encoder: renders the expected replies with the template.
         seed: selects the rows of the retention set.
+        ignore_columns: columns of the retention set that count as absent.
 
     Raises:
         UserError: a grader or the retention set cannot be loaded.
@@ -172,6 +184,7 @@ def load_generation_eval(
         source = SourceSpec(
             "evaluate.retention", settings.retention, "train", None, None, settings.retention_rows
         )
+        source = replace(source, ignore_columns=ignore_columns)
         rows = load_conversations(source, 0, seed, DataReport()).rows
         retention = [render_reply(row.messages, encoder) for row in rows]
     return GenerationEval(

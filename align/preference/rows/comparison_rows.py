@@ -41,16 +41,18 @@ class ComparisonRows:
         settings: the recipe's data section.
         kind: ``rankings``: two or more completions of a prompt (reward models, DPO, RRHF, PRO); ``labels``:
             one completion that is good or bad (KTO).
+        use_margin: whether the loss uses the column ``margin``; the report names it otherwise.
     """
 
     settings: PreferenceSettings
     kind: PreferenceKind = "rankings"
+    use_margin: bool = False
 
     def load(
         self, spec: SourceSpec, index: int, seed: int, report: DataReport
     ) -> MixtureComponent[Comparison]:
         """Return a source's usable comparisons."""
-        return load_comparisons(spec, index, seed, self.settings, report, kind=self.kind)
+        return load_comparisons(spec, index, seed, self, report)
 
     def split(self, rows: Rows[Comparison], held_out: int | float, seed: int) -> tuple[Ids, Ids]:
         """Return training and held-out rows by prompt."""
@@ -130,10 +132,8 @@ def load_comparisons(
     spec: SourceSpec,
     index: int,
     seed: int,
-    settings: PreferenceSettings,
+    rows_kind: ComparisonRows,
     report: DataReport,
-    *,
-    kind: PreferenceKind = "rankings",
 ) -> MixtureComponent[Comparison]:
     """Return the usable comparisons of source number ``index``; ``report`` counts the others.
 
@@ -144,7 +144,9 @@ def load_comparisons(
     def match(names: list[str]) -> Layout[PreferenceRow]:
         return _recognize_layout(names, spec, kind)
 
-    layout, parsed = open_source(spec, index, seed, match, report)
+    settings, kind = rows_kind.settings, rows_kind.kind
+    unused = () if rows_kind.use_margin else ("margin",)
+    layout, parsed = open_source(spec, index, seed, match, report, unused=unused)
     num_read = 0
 
     def located_rows() -> Iterator[tuple[PreferenceRow, str]]:

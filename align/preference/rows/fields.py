@@ -7,7 +7,8 @@ from typing import Any
 
 from data_templates.hh import ASSISTANT, HUMAN
 from data_templates.segments import REPLY_ROLES, Message, Role
-from finetune.data.layouts import RowError, checked_text, short_repr, system_turn, text_field, turns_field
+from finetune.data.fields import RowError, checked_text, short_repr, text_field
+from finetune.data.turns import parse_turns
 
 RowFields = Mapping[str, Any]
 SPEAKERS: dict[str, Role] = {HUMAN: "user", ASSISTANT: "assistant"}
@@ -15,8 +16,8 @@ SPEAKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 DIALOGUE_EXPECTED = r"a dialogue that begins with '\n\nHuman:', a list of turns, or a column with the prompt"
 READ_AS_TEXT = "with a number or true/false instead of a completion's text, read as text"
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
-"""Label values in lower case: JSON booleans and their CSV forms."""
+LABELS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}
+"""Label values in lower case: JSON booleans, their CSV forms, and words."""
 
 
 def is_dialogue(text: str) -> bool:
@@ -41,35 +42,21 @@ def parse_dialogue(text: str) -> list[Message]:
 def prompt_turns(columns: RowFields, name: str) -> list[Message]:
     """Return the turns of a prompt that is a text, an HH dialogue or a list of turns."""
     if not isinstance(columns[name], str):
-        return prepend_system(columns, parse_turns(columns, name))
+        return parse_turns(columns[name], name)
     text = text_field(columns, name)
     if not is_dialogue(text):
-        return prepend_system(columns, [Message("user", text)])
+        return [Message("user", text)]
     dialogue_turns = parse_dialogue(text)
     # HH prompts end in ``Assistant:``, an empty turn where the completion starts.
     ends_open = dialogue_turns[-1].role == "assistant" and not dialogue_turns[-1].content
-    return prepend_system(columns, dialogue_turns[:-1] if ends_open else dialogue_turns)
-
-
-def parse_turns(columns: RowFields, name: str) -> list[Message]:
-    """Return a column's turns (role/content or from/value); a single turn is read as a list of one."""
-    value = columns[name]
-    entries = [value] if isinstance(value, dict) else value
-    first = entries[0] if isinstance(entries, list) and entries else None
-    keys = ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
-    return turns_field({name: entries}, name, *keys)
-
-
-def prepend_system(columns: RowFields, messages: list[Message]) -> list[Message]:
-    """Prepend the row's system prompt unless the turns have one."""
-    return messages if messages[0].role == "system" else [*system_turn(columns), *messages]
+    return dialogue_turns[:-1] if ends_open else dialogue_turns
 
 
 def completion_turns(columns: RowFields, name: str) -> list[Message]:
     """Return the turns of a completion column: the reply, or a dialogue that ends with it."""
     value = columns[name]
     if isinstance(value, (list, dict)):
-        return parse_turns(columns, name)
+        return parse_turns(value, name)
     if not isinstance(value, str):
         raise RowError(name, f"found {short_repr(value)}", "text, or a list of turns")
     text = checked_text(value, name)
@@ -86,16 +73,24 @@ def split_completion(
         completion: the turns of the completion column, with or without the prompt.
         name: the completion column.
     """
-    # A completion column that begins with a user turn holds the prompt too.
+    # A completion column that begins with a user turn holds the prompt too, perhaps without its system turn.
     first = next((turn for turn in completion if turn.role != "system"), completion[0])
     if first.role in REPLY_ROLES and not prompt:
         raise RowError(name, f"a reply without a prompt, {short_repr(first.content)}", DIALOGUE_EXPECTED)
-    conversation = [*prompt, *completion] if first.role in REPLY_ROLES else list(completion)
+    has_prompt = first.role not in REPLY_ROLES
+    system = [turn for turn in prompt[:1] if turn.role == "system" and completion[0].role != "system"]
+    conversation = [*(system if has_prompt else prompt), *completion]
     return (
         (conversation[:-1], conversation[-1])
         if conversation[-1].role in REPLY_ROLES
         else (conversation, None)
     )
+
+
+def is_contained(prompt: Sequence[Message], dialogue: Sequence[Message]) -> bool:
+    """Return whether the texts of a prompt column occur in the dialogue that is used in its place."""
+    texts = {text.strip() for turn in dialogue for text in (turn.content, turn.context)}
+    return all(turn.content.strip() in texts for turn in prompt)
 
 
 def parse_number(value: Any, field: str, expected: str = "a finite number") -> float:
@@ -140,7 +135,7 @@ def parse_label(value: Any) -> bool:
     """Return whether a completion is labeled good."""
     parsed = LABELS.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
     if parsed is None:
-        raise RowError("label", f"found {short_repr(value)}", "true or 1 (good), false or 0 (bad)")
+        raise RowError("label", f"found {short_repr(value)}", "true, 1 or good; false, 0 or bad")
     return parsed
 
 

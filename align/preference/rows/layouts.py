@@ -10,19 +10,20 @@ from align.preference.rows.fields import (
     RowFields,
     completion_turns,
     get_member,
+    is_contained,
     parse_label,
     parse_list,
     parse_number,
     parse_numbers,
-    parse_turns,
     parse_vote,
-    prepend_system,
     prompt_turns,
     response_text,
     split_completion,
 )
 from data_templates.segments import REPLY_ROLES, Message
-from finetune.data.layouts import Layout, RowError, checked_text, short_repr, system_turn, text_field
+from finetune.data.fields import RowError, checked_text, short_repr, text_field
+from finetune.data.layouts import CONTEXT_COLUMNS, MEDIA, Layout, with_context
+from finetune.data.turns import parse_turns
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -35,6 +36,10 @@ SCORE_COLUMNS = (
 ASPECT_MEAN_COLUMN = "fine-grained_score"
 """UltraFeedback's mean rating of a completion: helpfulness, honesty, instruction following, truthfulness."""
 
+PAIR_COLUMNS = (*CONTEXT_COLUMNS, "margin", *(name for names in SCORE_COLUMNS for name in names))
+VOTE_COLUMNS = tuple(f"annotator{number}" for number in range(1, 10))
+
+PROMPT_REPLACED = "with a prompt column that is not in the dialogues, which are used"
 LATER_TURNS_IGNORED = "with later questions, which are ignored: their context differs between completions"
 
 Turns = tuple[Message, ...]
@@ -73,11 +78,11 @@ def _empty_prompt(columns: RowFields) -> list[Message]:
 
 def _instruction_prompt(columns: RowFields) -> list[Message]:
     context = text_field(columns, "input", optional=True)
-    return [*system_turn(columns), Message("user", text_field(columns, "instruction"), context=context)]
+    return [Message("user", text_field(columns, "instruction"), context=context)]
 
 
 def _conversation_prompt(name: str) -> Callable[[RowFields], list[Message]]:
-    return lambda columns: prepend_system(columns, parse_turns(columns, name))
+    return lambda columns: parse_turns(columns[name], name)
 
 
 def _read_pair(read_prompt: Callable[[RowFields], list[Message]], columns: RowFields) -> PreferenceRow:
@@ -90,7 +95,9 @@ def _read_pair(read_prompt: Callable[[RowFields], list[Message]], columns: RowFi
         ScoredCompletion(*_split_completion_column(prompt, columns, name), score)
         for name, score in zip(("chosen", "rejected"), _read_pair_scores(columns), strict=True)
     ]
-    return PreferenceRow(tuple(completions), True, _read_margin(columns))
+    contained = all(is_contained(prompt, completion.prompt) for completion in completions)
+    notes = () if contained else (PROMPT_REPLACED,)
+    return PreferenceRow(tuple(completions), True, _read_margin(columns), notes)
 
 
 def _read_margin(columns: RowFields) -> float:
@@ -107,7 +114,7 @@ def _split_completion_column(
     prompt: list[Message], columns: RowFields, name: str
 ) -> tuple[tuple[Message, ...], Message | None]:
     turns, reply = split_completion(prompt, completion_turns(columns, name), name)
-    return tuple(prepend_system(columns, turns)), reply
+    return tuple(with_context(columns, turns)), reply
 
 
 def _read_pair_scores(columns: RowFields) -> list[float]:
@@ -131,12 +138,12 @@ def _read_ranked_responses(column: str, sign: float, columns: RowFields) -> Pref
     for index, (entry, score) in enumerate(zip(responses, scores, strict=True)):
         field = f"responses[{index}]"
         prompt, reply = split_completion(shared_prompt, completion_turns({field: entry}, field), field)
-        completions.append(ScoredCompletion(tuple(prompt), reply, sign * score))
+        completions.append(ScoredCompletion(tuple(with_context(columns, prompt)), reply, sign * score))
     return PreferenceRow(tuple(completions))
 
 
 def _read_scored_answers(columns: RowFields) -> PreferenceRow:
-    prompt = tuple(_instruction_prompt(columns))
+    prompt = tuple(with_context(columns, _instruction_prompt(columns)))
     completions = []
     for index, entry in enumerate(parse_list(columns, "answers")):
         field = f"answers[{index}]"
@@ -149,7 +156,7 @@ def _read_scored_answers(columns: RowFields) -> PreferenceRow:
 def _read_ultrafeedback(columns: RowFields) -> PreferenceRow:
     """Return the completions with their mean rating over four aspects."""
     # Not ``overall_score``: some of its published 10s were 1s.
-    prompt = tuple(_instruction_prompt(columns))
+    prompt = tuple(with_context(columns, _instruction_prompt(columns)))
     completions = []
     for index, entry in enumerate(parse_list(columns, "completions")):
         field = f"completions[{index}]"
@@ -164,7 +171,8 @@ def _read_judge_scores(columns: RowFields) -> PreferenceRow:
     questions = columns["questions"]
     if not isinstance(questions, list) or not questions:
         raise RowError("questions", f"found {short_repr(questions)}", "a list of questions")
-    prompt = (Message("user", checked_text(questions[0], "questions[0]")),)
+    question = Message("user", checked_text(questions[0], "questions[0]"))
+    prompt = tuple(with_context(columns, [question]))
     completions = []
     for index, entry in enumerate(parse_list(columns, "answers")):
         field = f"answers[{index}]"
@@ -181,8 +189,8 @@ def _read_judge_scores(columns: RowFields) -> PreferenceRow:
 
 def _read_votes(columns: RowFields) -> PreferenceRow:
     """Return two responses scored by their votes; no majority is a tie."""
-    prompt = tuple(_instruction_prompt(columns))
-    names = [name for name in columns if name.startswith("annotator") and columns[name] is not None]
+    prompt = tuple(with_context(columns, _instruction_prompt(columns)))
+    names = [name for name in VOTE_COLUMNS if columns.get(name) is not None]
     votes = [parse_vote(columns[name], name) for name in names]
     counts = [float(votes.count(choice)) for choice in (1, 2)]
     tie = votes.count(0) >= max(counts) or counts[0] == counts[1]
@@ -198,7 +206,7 @@ def _read_labeled(
     read_prompt: Callable[[RowFields], list[Message]], completion_column: str | None, columns: RowFields
 ) -> PreferenceRow:
     """Return a completion with the score of its label: 1 (good) or 0 (bad)."""
-    messages = read_prompt(columns)
+    messages = with_context(columns, read_prompt(columns))
     conversation = (
         [*messages, *completion_turns(columns, completion_column)] if completion_column else messages
     )
@@ -211,70 +219,103 @@ def _prompt_column(name: str) -> Callable[[RowFields], list[Message]]:
     return lambda columns: prompt_turns(columns, name)
 
 
+def _pairs(
+    name: str, prompt: str, read_prompt: Callable[[RowFields], list[Message]]
+) -> Layout[PreferenceRow]:
+    turns = tuple(column for column in (prompt, "chosen", "rejected") if column not in ("", "instruction"))
+    return Layout(
+        name,
+        tuple(filter(None, (prompt, "chosen", "rejected"))),
+        partial(_read_pair, read_prompt),
+        ("input", *PAIR_COLUMNS) if prompt == "instruction" else PAIR_COLUMNS,
+        turns=turns,
+        lists=tuple({"conversations", "messages"} & {prompt}),
+        stops=MEDIA,
+    )
+
+
 PAIRS: Sequence[Layout[PreferenceRow]] = (
-    Layout(
-        "prompt/chosen/rejected",
-        ("prompt", "chosen", "rejected"),
-        partial(_read_pair, _prompt_column("prompt")),
-    ),
-    Layout(
-        "ShareGPT with ranking",
-        ("conversations", "chosen", "rejected"),
-        partial(_read_pair, _conversation_prompt("conversations")),
-    ),
-    Layout(
-        "messages with ranking",
-        ("messages", "chosen", "rejected"),
-        partial(_read_pair, _conversation_prompt("messages")),
-    ),
-    Layout(
-        "Alpaca with ranking", ("instruction", "chosen", "rejected"), partial(_read_pair, _instruction_prompt)
-    ),
-    Layout(
-        "question/chosen/rejected",
-        ("question", "chosen", "rejected"),
-        partial(_read_pair, _prompt_column("question")),
-    ),
+    _pairs("prompt/chosen/rejected", "prompt", _prompt_column("prompt")),
+    _pairs("ShareGPT with ranking", "conversations", _conversation_prompt("conversations")),
+    _pairs("messages with ranking", "messages", _conversation_prompt("messages")),
+    _pairs("Alpaca with ranking", "instruction", _instruction_prompt),
+    _pairs("question/chosen/rejected", "question", _prompt_column("question")),
     # Last, since all pairs have these columns; here both dialogues begin with the prompt.
-    Layout("chosen/rejected", ("chosen", "rejected"), partial(_read_pair, _empty_prompt)),
+    _pairs("chosen/rejected", "", _empty_prompt),
 )
 """A chosen and a rejected completion; the first matching layout is used."""
 
+
+def _ranked_responses(column: str, sign: float) -> Layout[PreferenceRow]:
+    return Layout(
+        f"prompt/responses/{column}",
+        ("prompt", "responses", column),
+        partial(_read_ranked_responses, column, sign),
+        turns=("prompt",),
+        lists=("responses", column),
+        stops=MEDIA,
+    )
+
+
+INSTRUCTION_COLUMNS = ("input", *CONTEXT_COLUMNS)
 RANKINGS: Sequence[Layout[PreferenceRow]] = (
     *PAIRS,
+    _ranked_responses("scores", 1.0),
+    # Rank 1 is the best: negated, a higher score is better.
+    _ranked_responses("ranks", -1.0),
     Layout(
-        "prompt/responses/scores",
-        ("prompt", "responses", "scores"),
-        partial(_read_ranked_responses, "scores", 1.0),
+        "questions with judged answers",
+        ("questions", "answers"),
+        _read_judge_scores,
+        lists=("questions", "answers"),
+        members=(("answers", ("outputs", "judge_scores")),),
+        stops=MEDIA,
     ),
     Layout(
-        "prompt/responses/ranks",
-        ("prompt", "responses", "ranks"),
-        # Rank 1 is the best: negated, a higher score is better.
-        partial(_read_ranked_responses, "ranks", -1.0),
+        "instruction with scored answers",
+        ("instruction", "answers"),
+        _read_scored_answers,
+        INSTRUCTION_COLUMNS,
+        lists=("answers",),
+        members=(("answers", ("text", "score")),),
+        stops=MEDIA,
     ),
-    Layout("questions with judged answers", ("questions", "answers"), _read_judge_scores),
-    Layout("instruction with scored answers", ("instruction", "answers"), _read_scored_answers),
-    Layout("UltraFeedback", ("instruction", "completions"), _read_ultrafeedback),
-    Layout("PandaLM votes", ("instruction", "response1", "response2", "annotator1"), _read_votes),
+    Layout(
+        "UltraFeedback",
+        ("instruction", "completions"),
+        _read_ultrafeedback,
+        INSTRUCTION_COLUMNS,
+        lists=("completions",),
+        members=(("completions", ("response", ASPECT_MEAN_COLUMN)),),
+        stops=MEDIA,
+    ),
+    Layout(
+        "PandaLM votes",
+        ("instruction", "response1", "response2", "annotator1"),
+        _read_votes,
+        (*INSTRUCTION_COLUMNS, *VOTE_COLUMNS[1:]),
+        stops=MEDIA,
+    ),
 )
 """A prompt with two or more ranked completions; the first matching layout is used."""
 
+
+def _labeled(name: str, *columns: str) -> Layout[PreferenceRow]:
+    prompt, *completion = columns
+    read_prompt = _prompt_column(prompt) if completion else _conversation_prompt(prompt)
+    return Layout(
+        name,
+        (*columns, "label"),
+        partial(_read_labeled, read_prompt, next(iter(completion), None)),
+        turns=columns,
+        lists=() if completion else columns,
+        stops=MEDIA,
+    )
+
+
 LABELED: Sequence[Layout[PreferenceRow]] = (
-    Layout(
-        "messages with label",
-        ("messages", "label"),
-        partial(_read_labeled, _conversation_prompt("messages"), None),
-    ),
-    Layout(
-        "ShareGPT with label",
-        ("conversations", "label"),
-        partial(_read_labeled, _conversation_prompt("conversations"), None),
-    ),
-    Layout(
-        "prompt/completion/label",
-        ("prompt", "completion", "label"),
-        partial(_read_labeled, _prompt_column("prompt"), "completion"),
-    ),
+    _labeled("messages with label", "messages"),
+    _labeled("ShareGPT with label", "conversations"),
+    _labeled("prompt/completion/label", "prompt", "completion"),
 )
 """A prompt with one completion that is good or bad (KTO)."""

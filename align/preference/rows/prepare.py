@@ -30,6 +30,7 @@ def load_preferences(
     text: TextEncoding,
     *,
     kind: PreferenceKind = "rankings",
+    use_margin: bool = False,
 ) -> PreparedPreferences:
     """Read and tokenize a recipe's preference data, and log the data report.
 
@@ -38,13 +39,21 @@ def load_preferences(
         settings: its data section.
         text: template and tokenizer.
         kind: comparisons, or labeled completions.
+        use_margin: whether the loss uses the column ``margin``; the report names it otherwise.
 
     Raises:
         UserError: mistakes in the data, with file, line and field.
     """
     seed = ctx.settings.train.seed
     with ctx.timed("data"):
-        data = prepare_preferences(settings, text.encoder, max_length=text.max_length, seed=seed, kind=kind)
+        data = prepare_preferences(
+            settings,
+            text.encoder,
+            max_length=text.max_length,
+            seed=seed,
+            kind=kind,
+            use_margin=use_margin,
+        )
     for line in data.report.lines():
         ctx.log(line)
     return data
@@ -57,6 +66,7 @@ def prepare_preferences(
     max_length: int,
     seed: int,
     kind: PreferenceKind = "rankings",
+    use_margin: bool = False,
 ) -> PreparedPreferences:
     """Read, split and tokenize the preference data of a data section.
 
@@ -67,11 +77,13 @@ def prepare_preferences(
         seed: samples the held-out rows and a mixture's rows.
         kind: ``rankings``: two or more completions of a prompt (reward models, DPO, RRHF, PRO); ``labels``:
             one completion that is good or bad (KTO).
+        use_margin: whether the loss uses the column ``margin``.
 
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no row is usable.
     """
-    data = prepare(Comparisons.of(settings, encoder, max_length, kind), settings, seed=seed)
+    comparison_kind = Comparisons.of(settings, encoder, max_length, kind, use_margin=use_margin)
+    data = prepare(comparison_kind, settings, seed=seed)
     train = PreferenceGroups.of(data.train)
     held_out = None if data.held_out is None else PreferenceGroups.of(data.held_out)
     _fill_preference_report(train, data.report)
@@ -103,10 +115,16 @@ class Comparisons:
 
     @staticmethod
     def of(
-        settings: PreferenceSettings, encoder: Encoder, max_length: int, kind: PreferenceKind = "rankings"
+        settings: PreferenceSettings,
+        encoder: Encoder,
+        max_length: int,
+        kind: PreferenceKind = "rankings",
+        *,
+        use_margin: bool = False,
     ) -> "Comparisons":
         """Return the kind with a data section's settings; raises UserError if the limits conflict."""
-        return Comparisons(ComparisonRows(settings, kind), encoder, _length_limits(settings, max_length))
+        rows = ComparisonRows(settings, kind, use_margin)
+        return Comparisons(rows, encoder, _length_limits(settings, max_length))
 
     def encode(self, rows: Rows[Comparison], index: EncodedIndex, report: DataReport) -> Arrays:
         """Return the arrays of ``PreferenceGroups``."""
@@ -133,8 +151,9 @@ class Comparisons:
             raise UserError(Problem(key, actual, "distinct completions", repair))
 
     def cache_key(self) -> list[Any]:
-        """Return all that decides the tokens besides the data section."""
-        return [self.encoder.fingerprint(), asdict(self.limits), self.rows.kind]
+        """Return all that decides the tokens and the report besides the data section."""
+        rows = [self.rows.kind, self.rows.use_margin]
+        return [self.encoder.fingerprint(), asdict(self.limits), *rows]
 
     def code(self) -> tuple[Path, ...]:
         """Return this folder."""

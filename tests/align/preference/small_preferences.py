@@ -6,9 +6,10 @@ from align.preference.rows.comparisons import build_comparisons
 from align.preference.rows.layouts import LABELED, RANKINGS
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from finetune.data.layouts import match_layout, parse_rows
+from finetune.data.layouts import match_layout
 from finetune.data.readers import SourceRow
 from finetune.data.report import DataReport
+from finetune.data.rows import parse_rows
 from finetune.data.tokens import Encoder
 
 BOTH = (*LABELED, *RANKINGS)

@@ -118,8 +118,8 @@ FIELDS = {
         "1 or 2 (the better response)",
     ),
     "a vote in words": (VOTES, {"annotator1": "left"}, "field 'annotator1': found 'left'", "0 (a tie)"),
-    "an unknown label": (LABELLED, {"label": "good"}, "field 'label': found 'good'", "true or 1 (good)"),
-    "a label of 2": (LABELLED, {"label": 2}, "field 'label': found 2", "false or 0 (bad)"),
+    "an unknown label": (LABELLED, {"label": "fine"}, "field 'label': found 'fine'", "true, 1 or good"),
+    "a label of 2": (LABELLED, {"label": 2}, "field 'label': found 2", "false, 0 or bad"),
     "a label of null": (
         LABELLED,
         {"label": None},

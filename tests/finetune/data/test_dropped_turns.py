@@ -48,6 +48,7 @@ def test_a_final_observation_is_dropped_and_a_call_is_a_reply(base_folder: Path,
     one, two = texts(own, prepared.train)
     assert one == two and one.endswith("</tool_call></s>\n")
     assert prepared.report.counts == {
+        "end with a turn that has no reply (not used)": 1,
         "dropped: empty turn": 1,
         "identical to an earlier row (not dropped)": 1,
     }

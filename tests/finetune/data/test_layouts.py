@@ -3,8 +3,9 @@
 import pytest
 
 from data_templates.segments import Message
-from finetune.data.layouts import detect_layout, parse_rows
+from finetune.data.layouts import detect_layout
 from finetune.data.readers import SourceRow
+from finetune.data.rows import parse_rows
 from finetune.recipe.errors import UserError
 
 S, U, A = (
@@ -172,14 +173,14 @@ def turn(**fields):
         (CHAT, turn(role="user"), "field 'messages[0]': found {'role': 'user'}"),
         (
             CHAT,
-            turn(role="tool", content="x"),
-            "field 'messages[0].role': found 'tool'\n    expected: one of system",
+            turn(role="robot", content="x"),
+            "field 'messages[0].role': found 'robot'\n    expected: one of system",
         ),
         (CHAT, turn(role=["user"], content="x"), "field 'messages[0].role': found ['user']"),
         (
             CHAT,
             turn(role="assistant", content="x", tool_calls=[{"id": "1"}]),
-            "field 'messages[0].tool_calls': found [{'id': '1'}]\n    expected: none: a turn with role",
+            "field 'messages[0].tool_calls': found {'id': '1'}\n    expected: ",
         ),
         (
             CHAT,

@@ -7,8 +7,9 @@ from small_tokenizers import tokenizer as small_tokenizer
 
 from data_templates.segments import Message
 from finetune.data.dataset import PreparedData, apply_loss_scope, build_loss_mask, prepare_conversations
-from finetune.data.layouts import detect_layout, parse_rows
+from finetune.data.layouts import detect_layout
 from finetune.data.readers import SourceRow
+from finetune.data.rows import parse_rows
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings

@@ -255,4 +255,4 @@ def test_published_files_in_the_requested_proportions() -> None:
     assert per_source(held_out) == [190, 76, 38, 38, 19, 19, 20]
     again = mixed(*mix, epoch_rows=4000, held_out=400)[0]
     assert [row.location for row in again] == [row.location for row in train]
-    assert report.layout == "Alpaca + T0 tasks + ShareGPT + ShareGPT with tools + text"
+    assert report.layout == "Alpaca + T0 tasks + ShareGPT + text"

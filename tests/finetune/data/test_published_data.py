@@ -7,7 +7,8 @@ from small_tokenizers import tokenizer
 
 from data_templates.segments import REPLY_ROLES, TemplateError
 from finetune.data.conversation import render_reply
-from finetune.data.layouts import detect_layout, parse_rows
+from finetune.data.layouts import detect_layout
+from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 
@@ -29,7 +30,7 @@ ENCODED = 200
         ("alpaca/dolly_3k.jsonl.gz", 2719, "question/answer", DOLLY, "plain"),
         ("alpaca/gpteacher_roleplay.json", 2759, "Alpaca", None, "alpaca"),
         ("alpaca/gpteacher_toolformer.json", 2105, "Alpaca", None, "alpaca"),
-        ("llamafactory/glaive_toolcall_en_demo.json", 300, "ShareGPT with tools", None, "toolcall"),
+        ("llamafactory/glaive_toolcall_en_demo.json", 300, "ShareGPT", None, "toolcall"),
         ("t0/t0_prompted_tasks.jsonl.gz", 5100, "T0 tasks", None, "flan"),
         ("t0/t0_prompted_tasks.jsonl.gz", 5100, "T0 tasks", None, "plain"),
         ("alpaca/dolly_3k.jsonl.gz", 2719, "question/answer", DOLLY, "flan"),

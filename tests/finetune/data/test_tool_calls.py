@@ -5,9 +5,10 @@ import json
 import pytest
 
 from data_templates.segments import Message
-from finetune.data.conversation import calls_to_json_lines, tools_to_json_lines
-from finetune.data.layouts import detect_layout, parse_rows
+from finetune.data.layouts import detect_layout
 from finetune.data.readers import SourceRow
+from finetune.data.rows import parse_rows
+from finetune.data.tool_calls import calls_to_json_lines, tools_to_json_lines
 from finetune.recipe.errors import UserError
 
 AREA = {"name": "area", "description": "넓이", "parameters": {"type": "object", "properties": {}}}
@@ -59,7 +60,7 @@ def read(**changes):
 
 def test_llama_factorys_layout():
     name, conversation = read()
-    assert name == "ShareGPT with tools"
+    assert name == "ShareGPT"
     assert conversation == [
         Message("tools", WRAPPED),
         Message("user", "How large?"),
