@@ -29,6 +29,9 @@ from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.settings import DataSettings
 
 THOUGHT_LABELS = {"strip": "have thoughts, removed", "mask": "have thoughts, kept without loss"}
+RANGES_PER_SUM = 2**14
+"""Rows whose tokens are counted at a time."""
+
 OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
 
 
@@ -285,15 +288,31 @@ def to_prepared_data(data: EncodedData) -> PreparedData:
     return PreparedData(tokens, held_out, samples, report)
 
 
+def count_trained(
+    loss_mask: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the number of tokens with loss in each range of tokens.
+
+    Args:
+        loss_mask: of all tokens, (T,).
+        starts: first token of each range, ascending, (N,).
+        ends: the token after its last one, ascending, (N,); a range may be empty.
+    """
+    counts = np.empty(len(starts), dtype=np.int64)
+    # In pieces: running sums take 8 bytes per token, eight times the mask.
+    for first in range(0, len(starts), RANGES_PER_SUM):
+        piece = slice(first, first + RANGES_PER_SUM)
+        begin, end = int(starts[piece][0]), int(ends[piece][-1])
+        sums = np.concatenate([[0], np.cumsum(loss_mask[begin:end], dtype=np.int64)])
+        counts[piece] = sums[ends[piece] - begin] - sums[starts[piece] - begin]
+    return counts
+
+
 def record_source_shares(rows: TokenizedRows, report: DataReport) -> None:
     """Record the rows, tokens and trained tokens of each source in the report."""
-    offsets, source_ids, lengths = (
-        rows.arrays["offsets"][:-1],
-        np.asarray(rows.source_ids),
-        np.asarray(rows.lengths),
-    )
-    # reduceat is wrong for empty segments; there are none, as every row has at least one token.
-    trained = np.add.reduceat(rows.arrays["loss_mask"], offsets, dtype=np.int64)
+    offsets = rows.arrays["offsets"]
+    source_ids, lengths = np.asarray(rows.source_ids), np.diff(offsets)
+    trained = count_trained(rows.arrays["loss_mask"], offsets[:-1], offsets[1:])
     for index, source in enumerate(report.sources):
         from_source = source_ids == index
         source.rows = int(from_source.sum())

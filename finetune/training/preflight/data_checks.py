@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
-from finetune.data.dataset import TokenizedRows
+from finetune.data.dataset import TokenizedRows, count_trained
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.distributed import sharding
@@ -19,6 +19,9 @@ from finetune.recipe.errors import Problem
 from finetune.training.model import Policy, TextEncoding
 from finetune.training.preflight.checks import CheckResult, failed, first_few
 from finetune.training.preflight.reply_checks import check_replies
+
+TOKENS_PER_COUNT = 2**22
+"""Tokens that are counted at a time."""
 
 MIN_EOS_SHARE = 0.99
 """Share of the untruncated rows that must end with a trained stop token; one in a hundred may not."""
@@ -75,16 +78,17 @@ def check_eos_trained(
 def _ends_with_eos(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray:
     """Return for each row whether a trained stop token is among its last labels."""
     ids, loss_mask, offsets = (rows.arrays[key] for key in ("input_ids", "loss_mask", "offsets"))
-    eos_positions = np.flatnonzero(loss_mask & np.isin(ids, list(stop_ids)))
-    last_eos = np.full(len(rows), -1)
+    is_stop = np.zeros(len(ids), dtype=bool)
+    # One by one: np.isin takes several times the memory of the ids.
+    for token in stop_ids:
+        is_stop |= ids == token
+    eos_positions = np.flatnonzero(loss_mask & is_stop)
+    # Before its row's first token, if a row has no trained stop token.
+    last_eos = offsets[:-1] - 1
     # Positions ascend, so that a row's last stop token overwrites the earlier ones.
     last_eos[np.searchsorted(offsets, eos_positions, side="right") - 1] = eos_positions
-    # reduceat sums over [start, next start): the even sums run from a row's stop token to its end, the odd
-    # ones fill the gaps. It takes no start at the array's end, hence one appended element.
-    segments = np.stack([last_eos + 1, offsets[1:]], axis=1).ravel()
-    labels_after_eos = np.add.reduceat(np.append(loss_mask, False), segments, dtype=np.int64)[::2]
-    labels_after_eos[last_eos + 1 == offsets[1:]] = 0  # for an empty range reduceat returns an element, not 0
-    ends_with_eos: np.ndarray = (last_eos >= 0) & (labels_after_eos <= MAX_LABELS_AFTER_EOS)
+    labels_after_eos = count_trained(loss_mask, last_eos + 1, offsets[1:])
+    ends_with_eos: np.ndarray = (last_eos >= offsets[:-1]) & (labels_after_eos <= MAX_LABELS_AFTER_EOS)
     return ends_with_eos
 
 
@@ -98,9 +102,9 @@ def _describe_end(row: LMExample, stop_ids: Collection[int], name_of: TokenName)
 
 def check_loss_mask(rows: TokenizedRows) -> CheckResult:
     """Check that every row has a label after its first token; report the share of trained tokens."""
-    loss_mask, offsets = rows.arrays["loss_mask"].copy(), rows.arrays["offsets"]
-    loss_mask[offsets[:-1]] = False  # a row's first token follows nothing, so it is no target
-    counts = np.add.reduceat(loss_mask, offsets[:-1], dtype=np.int64)
+    loss_mask, offsets = rows.arrays["loss_mask"], rows.arrays["offsets"]
+    # A row's first token follows nothing, so it is no target.
+    counts = count_trained(loss_mask, offsets[:-1] + 1, offsets[1:])
     share = float(counts.sum()) / rows.num_tokens
     empty = np.flatnonzero(counts == 0)
     if len(empty):
@@ -215,7 +219,11 @@ def check_vocab_size(
 
 def used_tokens(ids: np.ndarray, stop_ids: Collection[int]) -> set[int]:
     """Return the set of token ids in the data, and the stop tokens."""
-    return {*np.flatnonzero(np.bincount(ids)).tolist(), *stop_ids}  # np.unique would sort all tokens
+    used = {int(token) for token in stop_ids}
+    # np.unique would sort all tokens, and bincount takes 8 bytes per token: hence in pieces.
+    for start in range(0, len(ids), TOKENS_PER_COUNT):
+        used.update(np.flatnonzero(np.bincount(ids[start : start + TOKENS_PER_COUNT])).tolist())
+    return used
 
 
 def check_tokenized(
