@@ -143,6 +143,9 @@ def find_recipe(stage: str, name: str) -> Path:
     Raises:
         UserError: there is none; the message lists the existing ones.
     """
+    # A .json file may be a recipe: JSON is YAML.
+    if name.endswith(DATA_SUFFIXES) and not name.endswith(".json"):
+        raise UserError(Problem(name, "a data file", "a recipe's name or YAML file", f"--data {name}"))
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
         if path.is_file():

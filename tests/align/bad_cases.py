@@ -36,6 +36,7 @@ COMMAND_LINES = {
     "unknown option": (words("--bse", "tiny"), ["--bse", "--base"]),
     "option without value": (words("--base"), ["--base", "requires an argument"]),
     "unknown recipe": (line("sft", "alpca"), ["recipe 'alpca'", "did you mean 'alpaca'?"]),
+    "data file as recipe": (line("sft", "my.jsonl"), ["my.jsonl: a data file", "repair:   --data my.jsonl"]),
     "missing recipe file": (line("sft", "god.yaml"), ["god.yaml: no such file", "did you mean 'good"]),
     "two recipes": (words("alpaca"), ["expected one RECIPE, found good.yaml, alpaca"]),
     "value without quotes": (
