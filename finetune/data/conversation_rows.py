@@ -89,5 +89,7 @@ def no_usable_rows(key: str, report: DataReport, *, selects: bool = False) -> Us
         remedy = "loosen the select filters"
     elif report.num_too_long:
         remedy = "raise data.max_length"
+    elif any("template cannot render" in label for label in report.counts):
+        remedy = "choose another data.template"
     repair = f"check the rows named above, or {remedy}"
     return UserError(Problem(key, actual, "rows with an assistant reply", repair))

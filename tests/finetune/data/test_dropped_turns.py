@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from finetune.data.dataset import PreparedData, prepare_conversations
 from finetune.data.tokens import Encoder
+from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings
 
 Write = Callable[..., str]
@@ -73,3 +74,5 @@ def test_rows_with_tools_are_dropped_for_a_template_without_tools(base_folder: P
     [(what, where)] = report.examples.items()
     assert report.counts == {what: 1} and what == "dropped: the template cannot render the conversation"
     assert where.endswith("turn 1 is tools, but this template does not support tools; use 'toolcall'")
+    with pytest.raises(UserError, match=r"use 'toolcall'(.|\n)*or choose another data\.template"):
+        read(own, write(rows[1]))
