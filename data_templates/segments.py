@@ -78,7 +78,9 @@ def lift_thought(message: Message) -> Message:
     match = INLINE_THOUGHT.match(message.content)
     if not match or message.reasoning or message.role != "assistant":
         return message
-    return replace(message, content=message.content[match.end() :], reasoning=match[1])
+    lifted = replace(message, content=message.content[match.end() :], reasoning=match[1])
+    # A thought alone is no reply: it stays its text.
+    return message if lifted.is_empty else lifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ class Template:
     because earlier replies read differently once other turns follow. ``num_left_out`` counts the thoughts
     and texts of earlier replies that a rendering does not repeat. ``parse`` is the inverse of rendering a
     reply: it takes the text without its end token; what it cannot parse is content. ``special_inside``:
-    replies have special tokens inside, which ``parse`` needs. ``render_whole`` is the text that a chat
+    replies have special tokens inside, which ``parse`` needs. ``inserts_thoughts``: a chat template leaves
+    thoughts out, and they are written where the model writes them. ``render_whole`` is the text that a chat
     template of a tokenizer renders for the conversation in one piece, for checks.
     """
 
@@ -186,6 +189,7 @@ class Template:
     num_left_out: Callable[[Sequence[Message]], int] = lambda messages: 0
     parse: Callable[[str], Parsed] = parse_text
     special_inside: bool = False
+    inserts_thoughts: bool = False
     render_whole: Callable[[Sequence[Message]], str] | None = None
 
 

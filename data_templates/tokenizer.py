@@ -106,6 +106,7 @@ def bind_chat_template(
         num_left_out=bound.num_left_out,
         parse=ReplyParser(bound.write_reply).parse,
         special_inside=bound.has_special_inside(),
+        inserts_thoughts=bound.inserts_thoughts,
         render_whole=bound.render_whole,
     )
 
@@ -121,6 +122,11 @@ class BoundTemplate:
         self._shapes: dict[tuple[object, ...], Shape] = {}
         self._form = find_form(self._render_form, knows_thoughts=knows_thoughts)
         self.render_text = lru_cache(CACHE_SIZE)(partial(self._render_form, form=self._form))
+
+    @property
+    def inserts_thoughts(self) -> bool:
+        """True if the template leaves thoughts out of all replies."""
+        return self._form.reasoning == "insert"
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
         """Return a conversation's segments; earlier trained replies must read as the template writes them."""
@@ -139,7 +145,7 @@ class BoundTemplate:
         """Return one conversation for each trained reply, unless one rendering serves them all."""
         turns = self._lift_thoughts(messages)
         trained = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-        if len(trained) < 2 or self._is_stable(turns, trained):
+        if trained in ([], [len(turns) - 1]) or self._is_stable(turns, trained):
             return [list(messages)]
         untrained = [replace(turn, trained=False) for turn in turns]
         return [[*untrained[:index], turns[index]] for index in trained]
@@ -246,9 +252,10 @@ class BoundTemplate:
         if not text.startswith(replies[-1].prompt):
             return False
         # Without an end in the template, EOS ends a row; inside a conversation it would stand for nothing.
+        earlier = replies if trained[-1] < len(turns) - 1 else replies[:-1]
         return all(
             reply.end and text.startswith(reply.prompt + reply.thought + reply.text + reply.end)
-            for reply in replies[:-1]
+            for reply in earlier
         )
 
     def _reply(self, turns: tuple[Message, ...]) -> Reply:
@@ -271,16 +278,17 @@ class BoundTemplate:
         full = self.render_text(turns, False)
         if full.startswith(prompt):
             return full[len(prompt) :]
-        header = commonprefix([prompt, full])
+        # The same with another text, which begins like no prompt and like no other reply.
+        other = self.render_text((*turns[:-1], with_placeholders(turns)[0][-1]), False)
+        shared = len(commonprefix([prompt, other]))
         opened = OPENED_THOUGHT.search(prompt)
-        if opened and len(header) >= opened.start():
+        if opened and shared >= opened.start():
             # The reply is written without the thought that its prompt opens, or with an empty one.
             return full[opened.start() :].removeprefix(f"<{opened[1]}>").lstrip("\n")
-        if EMPTY_THOUGHT_OF_PROMPT.fullmatch(prompt[len(header) :]) and not turns[-1].reasoning:
-            return full[len(header) :]
+        if EMPTY_THOUGHT_OF_PROMPT.fullmatch(prompt[shared:]) and not turns[-1].reasoning:
+            return full[shared:]
         # Some templates change earlier turns once the reply is there. At inference it is not.
         header = prompt.removeprefix(self.render_text(turns[:-1], False))
-        other = self.render_text((*turns[:-1], with_placeholders(turns)[0][-1]), False)
         start = commonprefix([full, other]).rfind(header)
         if not header or header == prompt or start < 0:
             closed = turns[-1].reasoning and CLOSED_THOUGHT.search(prompt)

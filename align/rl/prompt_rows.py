@@ -141,7 +141,9 @@ def _split_prompts(rows: Iterable[Conversation], report: DataReport) -> Iterator
     for row in rows:
         messages, expected = list(row.messages), None
         while messages and messages[-1].role in REPLY_ROLES:
-            expected = messages.pop().full_text
+            reply = messages.pop()
+            # The answer without its thought, as a reference for graders.
+            expected = reply.content or reply.tool_calls
         # "observation" is a tool's result, which the policy answers as it does a user.
         if not messages or messages[-1].role not in ("user", "observation"):
             report.count(NO_USER_TURN, row.location)

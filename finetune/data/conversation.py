@@ -76,5 +76,5 @@ def render_reply(messages: Sequence[Message], encoder: "Encoder") -> list[Messag
     start = max(index for index, (previous, segment) in pairs if segment.reply and not previous.reply)
     reply_segments = (segment for segment in segments[start:] if segment.reply and segment.kind != "eos")
     # Without end tokens, as a generated reply is decoded without them.
-    text = "".join(segment.text for segment in reply_segments if segment.text not in encoder.template.stop)
+    text = encoder.strip_special_tokens("".join(segment.text for segment in reply_segments))
     return [*messages[:end], replace(messages[end], content=text.strip(), reasoning="", tool_calls="")]

@@ -28,7 +28,11 @@ from finetune.data.row_store import Rows, RowStore, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.settings import DataSettings
 
-THOUGHT_LABELS = {"strip": "have thoughts, removed", "mask": "have thoughts, kept without loss"}
+THOUGHT_LABELS = {
+    "strip": "have thoughts, removed (data.reasoning=strip)",
+    "mask": "have thoughts, kept without loss (data.reasoning=mask)",
+}
+INSERTED_THOUGHTS = "have thoughts that this template leaves out, written where the model writes them"
 RANGES_PER_SUM = 2**14
 """Rows whose tokens are counted at a time."""
 
@@ -173,13 +177,21 @@ class Conversations:
         if len(conversations) > 1:
             label = "are split into one row per reply (the template writes earlier replies differently)"
             report.count(label, row.location)
-        thoughts = THOUGHT_LABELS.get(self.encoder.reasoning)
-        if thoughts and any(lift_thought(message).reasoning for message in row.messages):
-            report.count(f"{thoughts} (data.reasoning={self.encoder.reasoning})", row.location)
+        self._count_thoughts(row, report)
         return [
             RowPart(row_id, messages, number == len(conversations))
             for number, messages in enumerate(conversations, 1)
         ]
+
+    def _count_thoughts(self, row: Conversation, report: DataReport) -> None:
+        reasoning = self.encoder.reasoning
+        inserted = self.encoder.template.inserts_thoughts and reasoning != "strip"
+        if reasoning == "keep" and not inserted:
+            return
+        if any(lift_thought(message).reasoning for message in row.messages):
+            labels = [THOUGHT_LABELS.get(reasoning), INSERTED_THOUGHTS if inserted else None]
+            for label in filter(None, labels):
+                report.count(label, row.location)
 
     def _loss_targets(
         self, row: Conversation, part: "RowPart", encoded: Encoded | TemplateError, report: DataReport

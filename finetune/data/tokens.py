@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -125,6 +126,7 @@ class Encoder:
         # Unknown characters become <unk> anywhere in a text, so <unk> is no sign of an injected token.
         injectable = [token for token in self.special_tokens if token != tokenizer.unk_token]
         self._injectable = Markers.of(injectable)
+        self._special = Markers.of(self.special_tokens).pattern
         self._injectable_ids = frozenset(convert_to_ids(tokenizer, injectable).values())
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
@@ -170,7 +172,13 @@ class Encoder:
             skip_special_tokens=not self.template.special_inside,
             clean_up_tokenization_spaces=False,
         )
-        return str(text).strip()
+        return self.strip_special_tokens(str(text)).strip()
+
+    def strip_special_tokens(self, text: str) -> str:
+        """Return a reply's text without special tokens, or without its end where they separate its parts."""
+        if self.template.special_inside:
+            return re.sub(rf"(?:{self._special.pattern})+\s*\Z", "", text)
+        return self._special.sub("", text)
 
     def parse_reply(self, text: str) -> Message:
         """Return a generated reply as a turn with its thought and calls; text that is neither is content."""

@@ -1,9 +1,12 @@
 """Where a reply begins and ends in the chat templates of tokenizers: one kind of template each."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from chat_kinds import KINDS, RESULT, SYSTEM, TOOL, bound, call, chat_of, reply, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_templates._openai import to_openai
 from data_templates.segments import TemplateError, render
@@ -233,3 +236,56 @@ def test_tool_ids_and_names_of_results():
     assert [turn["tool_call_id"] for turn in turns[2:]] == ids
     assert all(len(identifier) == 9 and identifier.isalnum() for identifier in ids) and ids[0] != ids[1]
     assert {turn["name"] for turn in turns[2:]} == {"area"}
+
+
+PIECES = [
+    "a",
+    "hello",
+    "e",
+    "</think>",
+    "<think>",
+    "\n\n",
+    " ",
+    "{",
+    '"',
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+]
+PIECES += ["### assistant: ", "</tool_call>", "한국어", "</s>", "<|channel|>final<|message|>", "{{ x }}"]
+TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map(lambda pieces: "x" + "".join(pieces))
+
+
+@st.composite
+def hostile_conversations(draw, kind):
+    """Draw a conversation that a kind can take, with text that looks like markup."""
+    turns = [SYSTEM] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        thought = draw(st.just("") | TEXTS) if kind.thoughts else ""
+        turns += [user(draw(TEXTS)), reply(draw(TEXTS), reasoning=thought, trained=draw(st.booleans()))]
+    return turns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_no_text_changes_where_a_reply_begins_and_ends(name, data):
+    kind, template = KINDS[name], bound(name)
+    messages = data.draw(hostile_conversations(kind))
+    neutral = {"content": "x", "reasoning": ""}
+    for part in template.split(messages):
+        last = max((i for i, turn in enumerate(part) if turn.role == "assistant" and turn.trained), default=0)
+        if not last:
+            continue
+        try:
+            render(template, part, special_tokens=kind.special)
+        except TemplateError as error:
+            assert "drops" in str(error) and "</think>" in part[last].content
+            continue
+        plain = [replace(turn, **neutral | ({"reasoning": "y"} if turn.reasoning else {})) for turn in part]
+        text, plain_text, prompt = (
+            "".join(segment.text for segment in render(template, turns, special_tokens=kind.special)[0])
+            for turns in (part, plain, part[:last])
+        )
+        assert text.startswith(prompt)
+        assert [text.count(token) for token in kind.special] == [plain_text.count(t) for t in kind.special]

@@ -4,7 +4,7 @@ import pytest
 from small_tokenizers import MAKERS
 
 from data_templates.segments import Message, TemplateError
-from finetune.data.conversation import Conversation
+from finetune.data.conversation import Conversation, render_reply
 from finetune.data.dataset import Conversations, tokenize_conversations
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
@@ -76,3 +76,47 @@ def test_a_generated_reply_becomes_a_turn() -> None:
     encoder = encoder_of("tokenizer")
     ids = encoder.tokenizer.encode(f"{THOUGHT}Hi.<|im_end|>x", add_special_tokens=False)
     assert encoder.parse_reply(encoder.decode_reply(ids)) == FIELD[1]
+
+
+HARMONY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}"
+    "{% if m.role == 'assistant' %}{% if m.thinking %}<|note|>{{ m.thinking }}<|im_start|>assistant"
+    "{% endif %}<|say|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+"""Parts of a reply are separated by special tokens."""
+TWO_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|say|>{{ m.content }}<|note|><|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|say|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"), [(HARMONY, "<|note|>A greeting.<|im_start|>assistant<|say|>Hi."), (TWO_ENDS, "Hi.")]
+)
+def test_the_expected_reply_reads_as_a_generated_one(template: str, text: str) -> None:
+    tokenizer = MAKERS["qwen"]()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|note|>", "<|say|>"]})
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, "tokenizer", reasoning="keep" if template == HARMONY else "strip")
+    encoded = encoder.encode(FIELD)
+    trained = [i for i, kept in zip(encoded.input_ids, encoded.loss_mask, strict=True) if kept]
+    assert encoder.decode_reply(trained) == render_reply(FIELD, encoder)[-1].content == text
+    assert encoder.parse_reply(text).content == "Hi."
+
+
+def test_thoughts_that_the_template_leaves_out_are_counted() -> None:
+    tokenizer = MAKERS["qwen"]()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|><think>{% endif %}"
+    )
+    report = DataReport()
+    kind = Conversations(Encoder(tokenizer, "tokenizer"), 100)
+    data = tokenize_conversations([Conversation(FIELD, "a:1"), Conversation(INLINE, "a:2")], kind, report)
+    row = data.train[1]
+    assert (
+        tokenizer.decode(row["input_ids"][row["labels"] != -100]) == "A greeting.\n</think>\n\nHi.<|im_end|>"
+    )
+    label = "have thoughts that this template leaves out, written where the model writes them"
+    assert report.counts == {label: 2}
