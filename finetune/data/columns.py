@@ -6,7 +6,7 @@ from typing import Any
 from finetune.data.contents import THOUGHTS
 from finetune.data.fields import has_content
 from finetune.data.layouts import MEDIA, SYSTEM_COLUMNS, Layout
-from finetune.data.turns import ROLES, is_untrainable, unused_keys
+from finetune.data.turns import ROLES, is_plain, is_untrainable, unused_keys
 from finetune.recipe.errors import Problem
 
 PARTIAL_FLAGS = ("train_detail", "training_detail")
@@ -114,10 +114,10 @@ class UnusedColumns:
         self._stops.setdefault(name, location)
 
     def _see_turns(self, name: str, entries: list[Any], location: str) -> None:
-        for turn in entries:
-            if isinstance(turn, dict):
-                self._see_keys(name, unused_keys(turn), location)
-        if any(isinstance(turn, dict) and is_untrainable(turn) for turn in entries):
+        turns = [turn for turn in entries if isinstance(turn, dict) and not is_plain(turn)]
+        for turn in turns:
+            self._see_keys(name, unused_keys(turn), location)
+        if any(map(is_untrainable, turns)):
             self._count("mark a turn as trained that is no reply (not trained)", location)
 
     def _see_keys(self, column: str, keys: Iterable[str], location: str) -> None:

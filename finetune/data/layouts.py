@@ -15,11 +15,12 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, "history")
 """Columns that every conversation may have: system prompt, tools, and the turns before its own."""
+_CONTEXT, _THOUGHTS = frozenset(CONTEXT_COLUMNS), frozenset(THOUGHTS)
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Columns that a model of texts cannot read."""
-PREFERENCE_COLUMNS = frozenset(
-    {"chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "score"}
+QUALITY_COLUMNS = frozenset(
+    {"chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "score", "loss_mask"}
 )
 """Columns that say which replies are good: without them, bad ones are trained too."""
 
@@ -55,7 +56,7 @@ class Layout(Generic[Parsed]):
     lists: tuple[str, ...] = ()
     members: tuple[tuple[str, tuple[str, ...]], ...] = ()
     marks: tuple[str, ...] = ()
-    stops: frozenset[str] = MEDIA | PREFERENCE_COLUMNS
+    stops: frozenset[str] = MEDIA | QUALITY_COLUMNS
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -79,6 +80,9 @@ class Layout(Generic[Parsed]):
 
 def with_context(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Insert the row's system prompt, tools and ``history``; a system turn wins over a column."""
+    # Most rows have none of these columns.
+    if _CONTEXT.isdisjoint(columns):
+        return messages
     head = messages[:1] if messages[0].role == "system" else system_turn(columns)
     turns = messages[1:] if messages[0].role == "system" else messages
     history = parse_history(columns.get("history"), "history")
@@ -107,6 +111,8 @@ def _tools_turn(columns: Mapping[str, Any]) -> list[Message]:
 
 def _with_thought(columns: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     """Return turns in which the last one has the thought of the row's column, if there is one."""
+    if _THOUGHTS.isdisjoint(columns):
+        return turns
     # Only text: such columns may also hold a switch of the template (`thinking: true`).
     texts = {name: columns[name] for name in THOUGHTS if isinstance(columns.get(name), str)}
     thought = alias_field(texts, THOUGHTS)
@@ -275,11 +281,15 @@ def layout_values(
 ) -> dict[str, Any]:
     """Return a row's values by the layout's names, without ignored columns, and with JSON cells parsed."""
     columns = columns or {}
-    renamed = set(columns.values())
-    values = {name: value for name, value in row.items() if name not in renamed and name not in ignored}
+    hidden = {*columns.values(), *ignored}
+    values = {name: value for name, value in row.items() if name not in hidden}
     values |= {ours: row.get(theirs) for ours, theirs in columns.items()}
-    for name in {*layout.lists, *layout.turns, "history"} & values.keys():
-        if isinstance(values[name], str):
+    for name, value in values.items():
+        # How tables write a missing text.
+        if isinstance(value, float) and value != value:
+            values[name] = None
+    for name in (*layout.lists, *layout.turns, "history"):
+        if isinstance(values.get(name), str):
             parsed = json_cell(values[name])
             # A prompt may be a text in brackets: only turns are read in place of it.
             if name in layout.lists or name == "history" or looks_like_turns(parsed):

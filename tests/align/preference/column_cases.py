@@ -101,6 +101,8 @@ SYSTEM: list[Case] = [
     ),
     ("prompts", {"question": "q", "system_prompt": "s"}, ["system: s", "user: q"]),
     ("sft", chat(Q, A, system="s", system_prompt="t"), "system_prompt: found 't', but 'system' is 's'"),
+    ("sft", chat(Q, A, system=float("nan"), tools=float("nan"), history=float("nan")), PLAIN),
+    ("sft", {"instruction": "q", "output": float("nan")}, "output: missing or null"),
     ("sft", chat(Q, A, system=1), "system: found 1, expected text"),
 ]
 

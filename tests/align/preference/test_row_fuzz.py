@@ -20,7 +20,7 @@ from finetune.data.readers import SourceRow
 from finetune.data.report import DataReport
 from finetune.data.rows import parse_rows
 from finetune.data.tokens import Encoder
-from finetune.data.turns import CALL_ROLES, ROLES, TRAIN_FLAGS
+from finetune.data.turns import CALL_ROLES, ROLES, TRAIN_FLAGS, parse_turns
 from finetune.recipe.errors import UserError
 
 WORD = re.compile(r"w\d+x")
@@ -250,6 +250,26 @@ def test_what_is_trained_and_counted_is_what_was_read(
     trained = encoder.tokenizer.decode([token for token, is_trained in marked if is_trained])
     assert words([turn.key for turn in turns]) == words(text)
     assert words([turn.key for turn in turns if turn.role == "assistant" and turn.trained]) == words(trained)
+
+
+PLAIN = st.sampled_from(["user", "human", "assistant", "gpt", "system", "developer", "tool", "function_call"])
+PLAIN_TURN = st.tuples(PLAIN, st.sampled_from(["a", " ", "", "\ud83d"]), st.booleans()).map(
+    lambda turn: {"role": turn[0], "content": turn[1]} if turn[2] else {"value": turn[1], "from": turn[0]}
+)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(st.lists(PLAIN_TURN, min_size=1, max_size=4))
+def test_plain_turns_are_read_as_any_others(entries: list[dict[str, Any]]) -> None:
+    def result(entries: list[dict[str, Any]]) -> Any:
+        try:
+            return parse_turns(entries, "messages")
+        except RowError as error:
+            return str(error)
+
+    # A key with null changes nothing, and the turn is no longer a plain one.
+    assert result(entries) == result([{**entry, "name": None} for entry in entries])
 
 
 encoders = {}

@@ -77,6 +77,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
     ("sft", chat(Q, A, score=0), ["columns not used: score"], True),
     ("sft", chat(Q, A, chosen="a", rejected="b"), ["columns not used: chosen, rejected"], True),
     ("sft", chat(Q, A, chosen=[Q, A], rejected=[Q]), ["columns not used: chosen, rejected"], False),
+    ("sft", chat(Q, A, loss_mask=[0, 1]), ["columns not used: loss_mask"], True),
     ("sft", chat(Q, A, video="v.mp4"), ["columns not used: video"], True),
     ("sft", chat(Q, turn("assistant", "a", audio={"id": "x"})), ["columns not used: messages[].audio"], True),
     ("sft", chat(Q, turn("assistant", "a", audio=None)), [], False),
