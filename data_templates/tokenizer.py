@@ -170,18 +170,28 @@ class BoundTemplate:
         return False
 
     def stop_tokens(self) -> tuple[str, ...]:
-        """Return the special tokens with which this template ends a reply, if any."""
+        """Return the special tokens that stop the generation of a reply.
+
+        The template ends a reply with them, or begins the next turn with them where it writes no end.
+        """
         stop: dict[str, None] = {}
         for messages in (EXCHANGE, CALL):
             # With a system turn too, for templates that reject a conversation without one.
             for turns in (messages, (Message("system", "c"), *messages)):
                 try:
                     end = self._reply(turns).end
+                    following = "" if end else self._text_after(turns)
                 except TemplateError:
                     continue  # reported for each row when it is rendered
-                stop |= dict.fromkeys(self._special.findall(end)[-1:])
+                next_turn = self._special.match(following)
+                stop |= dict.fromkeys([next_turn[0]] if next_turn else self._special.findall(end)[-1:])
                 break
         return tuple(stop)
+
+    def _text_after(self, turns: tuple[Message, ...]) -> str:
+        """Return the text that the template writes after a reply if another turn follows."""
+        next_turn = Message("observation", "a") if turns[-1].tool_calls else QUESTION
+        return self.render_text((*turns, next_turn), False).removeprefix(self.render_text(turns, False))
 
     def _render_form(self, messages: Sequence[Message], opened: bool, *, form: Form) -> str:
         turns, tools = to_openai(messages, form)

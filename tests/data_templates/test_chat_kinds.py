@@ -156,7 +156,9 @@ def test_the_tokens_that_end_a_reply():
     stops = {name: bound(name).stop for name in KINDS}
     assert stops["harmony"] == ("<|return|>", "<|call|>")
     assert stops["two ends"] == stops["eos after the end"] == stops["end once"] == ("<|im_end|>",)
-    assert stops["text"] == stops["no end"] == ()
+    assert stops["text"] == ()
+    # Without an end, the generation stops where the next turn begins.
+    assert stops["no end"] == ("<|user|>", "<|observation|>")
 
 
 def test_a_call_of_each_kind_of_template():
