@@ -359,3 +359,9 @@ def test_a_conflict_with_the_parent_is_one_problem(workspace: RunWorkspace, word
 def test_a_base_and_a_fully_tuned_parent_conflict(workspace: RunWorkspace) -> None:
     workspace.run(adapter={"method": "full"})
     assert "omit one of the two" in workspace.problem(PLAIN, FROM, "model.base=./base")
+
+
+def test_variables_of_the_chat_template_are_inherited(workspace: RunWorkspace) -> None:
+    options = {"enable_thinking": True}
+    workspace.run(reload={"template": "tokenizer", "system_prompt": None, "template_options": options})
+    assert workspace.recipe(PLAIN, FROM).settings.data.template_options == options
