@@ -62,6 +62,10 @@ COMMAND_LINES = {
     "infinite rate": (words("train.learning_rate=.inf"), ["train.learning_rate", "inf"]),
     "unknown adapter": (words("--adapter", "loras"), ["adapter.method", "'loras'", "did you mean 'lora'?"]),
     "another adapter's key": (words("adapter.virtual_tokens=3"), ["adapter.virtual_tokens", "unknown key"]),
+    "options of another template": (
+        words("data.template_options={enable_thinking: true}"),
+        ["data.template_options", "data.template=tokenizer has variables"],
+    ),
     "unknown template": (words("data.template=alpacca"), ["data.template", "did you mean 'alpaca'?"]),
     "two mistakes at once": (
         words("train.epoch=2", "data.template=nothing"),
