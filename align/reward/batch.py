@@ -45,8 +45,8 @@ class RewardCollator:
 
     def __call__(self, groups: Sequence[TokenizedGroup]) -> RewardBatch:
         collate = GroupCollator(self.pad_id, one_per_row=self.one_per_row, cost=self.cost)
-        ranks = [torch.from_numpy(group.ranks).long() for group in groups]
-        scores = [torch.from_numpy(group.scores).float() for group in groups]
+        ranks = [torch.from_numpy(group.ranks.astype(np.int64)) for group in groups]
+        scores = [torch.from_numpy(group.scores.astype(np.float32)) for group in groups]
         return {
             **collate([group.to_group() for group in groups]),
             "row_ids": torch.tensor([group.row for group in groups]),

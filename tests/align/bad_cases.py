@@ -209,14 +209,14 @@ DATA = {
         a_parquet_file,
         ["no known layout has columns a, b", "instruction+output"],
     ),
-    "no gzip": (data("bad.jsonl.gz", b"plain"), ["bad.jsonl.gz", "a complete gzip file"]),
+    "no gzip": (data("bad.jsonl.gz", b"plain"), ["bad.jsonl.gz", "a complete compressed file"]),
     "half a gzip": (
         data("bad.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-12]),
-        ["bad.jsonl.gz", "a complete gzip file"],
+        ["bad.jsonl.gz", "a complete compressed file"],
     ),
     "no UTF-8": (
-        data("bad.csv", "instruction,output\n안녕,하세요\n".encode("cp949")),
-        ["bad.csv", "not UTF-8", "iconv -f cp949"],
+        data("bad.csv", "instruction,output\ncaf\xe9,th\xe9\n".encode("latin-1")),
+        ["bad.csv", "not UTF-8", "iconv -f ENCODING"],
     ),
     "wrong columns": (
         rows({"question": "a", "reply": "b"}),
