@@ -13,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from align import load_recipe, run
 from finetune.distributed.hardware import detect_hardware
@@ -136,14 +139,27 @@ def _table(results: list[dict[str, Any]], lora_seconds: float) -> str:
 def _plot(results: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for entry in results:
-        axes.scatter(entry["trained"], entry["held_out_loss"], color="#3b5bdb", s=18)
-        point = (entry["trained"], entry["held_out_loss"])
-        axes.annotate(entry["adapter"], point, xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    for entry in results:
+        axes.scatter(entry["trained"], entry["held_out_loss"], color="#3b5bdb", s=18)
+    figure.draw_without_rendering()
+    used: list[Bbox] = []
+    for entry in results:
+        used.append(_label(axes, entry["adapter"], (entry["trained"], entry["held_out_loss"]), used))
     return figure
+
+
+def _label(axes: Axes, name: str, point: tuple[float, float], used: list[Bbox]) -> Bbox:
+    """Write a name next to its point, where it covers no other name, and return the space it takes."""
+    label = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", fontsize=8)
+    for height, side in product((3, -9, 13, -19, 23, -29), ("left", "right")):
+        label.set(ha=side, position=(4 if side == "left" else -4, height))
+        box = label.get_window_extent()
+        if not any(box.overlaps(other) for other in used):
+            break
+    return box
 
 
 if __name__ == "__main__":

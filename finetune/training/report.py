@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.run_directory import RunDirectory
@@ -78,6 +79,7 @@ def _curve_svg(metrics: list[dict[str, Any]], key: str, title: str) -> str:
         steps, values, marker="o" if len(steps) < 12 else "", markersize=4, color="#3b5bdb", linewidth=1.4
     )
     axes.set(xlabel="step", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
