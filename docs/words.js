@@ -1,5 +1,6 @@
 // In code, a word such as --data or llama-2-7b does not break at its hyphens.
 // In tables, a long name such as train.gradient_checkpointing may break at dots, slashes and underscores.
+const longest = matchMedia("(max-width: 44.99em)").matches ? 13 : 24;
 for (const code of document.querySelectorAll("article code")) {
   const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
   const texts = [];
@@ -9,9 +10,9 @@ for (const code of document.querySelectorAll("article code")) {
 
 function pieces(text, inTable) {
   const parts = text.split(/((?<![\w-])-{0,2}\w+(?:-\w+)+(?!\w)|(?<![\w-])--?\w+)/);
-  return parts.flatMap((part) => {
-    if (part.startsWith("-") || (part.includes("-") && part.length < 25)) return word(part);
-    return inTable ? part.split(/([\w./=[\]]{14,})/).flatMap((name, i) => (i % 2 ? breakable(name) : name)) : part;
+  return parts.flatMap((part, i) => {
+    if (i % 2 && (part.startsWith("-") || part.length <= longest)) return word(part);
+    return inTable ? part.split(/([\w./=[\]]{14,})/).flatMap((name, j) => (j % 2 ? breakable(name) : name)) : part;
   });
 }
 
