@@ -146,7 +146,7 @@ BAD = {
     "dpo.reference=frozen": ["dpo.reference", "one of precomputed, live"],
     "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
-    "data.packing=true": ["data.packing", "share a row already"],
+    "data.packing=true": ["data.packing", "already share a row"],
     "dpo.max_chosen_logp_drop=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
     "train.beta=0.1": ["train.beta", "unknown key"],
     "data.source.x=1": ["'data.source.x'", "invalid override"],
