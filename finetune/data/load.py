@@ -74,7 +74,7 @@ class RowKind(Protocol[RowT]):
         splits: tuple[Rows[RowT], Rows[RowT]],
         reports: tuple[DataReport, DataReport],
     ) -> None:
-        """Count duplicates among all rows, and held-out rows that are also training rows."""
+        """Count what this kind has besides duplicates and leaked rows."""
 
 
 def load_rows(
@@ -107,6 +107,8 @@ def load_rows(
     if isinstance(settings.held_out, str):
         spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
         held_out = kind.load(_with_shared_settings(spec, settings), 0, seed, held_out_report).rows
+    count_duplicates(rows, report)
+    count_leaked(held_out, train, held_out_report)
     kind.count_relations(rows, (train, held_out), (report, held_out_report))
     return train, held_out
 

@@ -41,6 +41,8 @@ def write_mapped(path: Path, arrays: Arrays, notes: Mapping[str, Any]) -> None:
     # One partial folder per process: jobs on other nodes may write the same key to a shared disk.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        # A process with the same number may have been killed here, as in a container that starts again.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, values in arrays.items():
             np.save(partial / f"{name}.npy", values, allow_pickle=False)

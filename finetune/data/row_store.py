@@ -178,7 +178,11 @@ class TextColumn(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode()
+        return (
+            self.data[self.offsets[index] : self.offsets[index + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogatepass")
+        )
 
 
 class TextBuilder:
@@ -189,7 +193,8 @@ class TextBuilder:
 
     def append(self, text: str) -> None:
         """Append a text."""
-        self._data += text.encode()
+        # A file name whose bytes are not UTF-8 has surrogates in Python.
+        self._data += text.encode("utf-8", "surrogatepass")
         self._offsets.append(len(self._data))
 
     def column(self) -> TextColumn:

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.files import Note, Source, data_files, first_line, ignore, saved_dataset_files
+from finetune.data.files import (
+    Note,
+    Source,
+    data_files,
+    first_line,
+    ignore,
+    is_saved_dataset,
+    saved_dataset_files,
+)
 from finetune.data.readers import SourceRow, check_object, iter_file
 from finetune.recipe.discovery import local_path, looks_local
 from finetune.recipe.errors import Problem, UserError
@@ -54,7 +62,7 @@ def iter_source(
     path = local_path(source) if isinstance(source, str) else None
     if isinstance(source, str) and path is None:
         rows = _iter_table(_load_hub_dataset(source, split, revision), f"{source}[{split}]", row_selector)
-    elif path is not None and (path / "dataset_info.json").is_file() | (path / "dataset_dict.json").is_file():
+    elif path is not None and is_saved_dataset(path):
         rows = _iter_table(_load_saved_dataset(path, split), str(path), row_selector)
     else:
         rows = _iter_local(source, split, text_format, note)
@@ -108,10 +116,7 @@ def _load_saved_dataset(path: Path, split: str) -> "datasets.Dataset":
     """Load a folder that `save_to_disk` wrote."""
     import datasets
 
-    if (path / "dataset_dict.json").is_file() and not saved_dataset_files(path, split):
-        splits = sorted(file.parent.name for file in path.glob("*/state.json"))
-        repair = f"data.split={splits[0]}" if splits else ""
-        raise UserError(Problem(str(path), f"no split '{split}'", f"one of {', '.join(splits)}", repair))
+    saved_dataset_files(path, split)  # raises if there is no such split
     try:
         table = datasets.load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS, PreferenceRo
 from align.preference.settings import PreferenceSettings
 from data_templates.segments import Message
 from finetune.data.layouts import Layout, match_layout
-from finetune.data.load import Ids, SourceSpec, count_duplicates, count_leaked, num_held_out, open_source
+from finetune.data.load import Ids, SourceSpec, num_held_out, open_source
 from finetune.data.mixture import MixtureComponent
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import LocatedText, Rows, RowStore, message_values, text_digest
@@ -64,11 +64,9 @@ class ComparisonRows:
         splits: tuple[Rows[Comparison], Rows[Comparison]],
         reports: tuple[DataReport, DataReport],
     ) -> None:
-        """Count duplicates, contradictions, and held-out rows or prompts that are also training data."""
+        """Count contradictions, and held-out prompts that are also in the training data."""
         train, held_out = splits
-        count_duplicates(rows, reports[0])
         count_contradictions(rows, reports[0])
-        count_leaked(held_out, train, reports[1])
         _count_shared_prompts(held_out, train, reports[1])
 
 

@@ -1,6 +1,7 @@
 """Cache of tokens: one process tokenizes while the others wait; a second start reads no row."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ from small_tokenizers import tokenizer
 from finetune.data import cache, pipeline
 from finetune.data.dataset import prepare_conversations
 from finetune.data.mapped_cache import read_mapped, write_mapped
+from finetune.data.row_store import TextColumn
 from finetune.data.tokens import Encoder
 from finetune.recipe.settings import DataSettings
 
@@ -111,6 +113,8 @@ def test_pain_22_a_damaged_entry_is_written_anew(tmp_path, damage):
     else:
         file.write_bytes(content[:-9] if damage != "flipped" else content[:-9] + b"\xff" + content[-8:])
     assert read_mapped(path) is None
+    # What a killed process with the same number has left.
+    path.with_name(f"key.{os.getpid()}.partial").mkdir()
     write_mapped(path, arrays, {})
     assert read_mapped(path) is not None
 
@@ -121,3 +125,8 @@ def test_the_lock_file_is_outside_the_cache_folder_and_released():
         assert not path.exists()
     with cache.cache_lock(path):
         assert [file.name for file in path.parents[1].iterdir()] == ["locks"]
+
+
+def test_texts_of_any_file_name_are_kept():
+    names = ["a.jsonl:1", "", "caf\udce9.jsonl:2", "더하기"]
+    assert TextColumn.of(names) == names

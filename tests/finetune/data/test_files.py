@@ -141,6 +141,10 @@ def test_saved_datasets_are_read(tmp_path):
     assert read(tmp_path / "splits", split="test")[0] == ROWS[:1]
     with pytest.raises(UserError, match=r"no split 'dev'(.|\n)*one of test, train"):
         read(tmp_path / "splits", split="dev")
+    with pytest.raises(UserError, match="no split 'dev'"):
+        source_fingerprint(str(tmp_path / "splits"), None, "dev")
+    (folder_of(tmp_path / "plain", "train.jsonl") / "dataset_info.json").write_text("[]")
+    assert names_read(tmp_path / "plain")[0] == ["train.jsonl"]
     assert source_fingerprint(str(tmp_path / "one")) != source_fingerprint(
         str(tmp_path / "splits"), None, "test"
     )
