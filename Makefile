@@ -64,7 +64,7 @@ chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 merge: $(READY)  ## merge a run's adapter into its base: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
-test: $(READY)  ## run the tests, about 5 minutes
+test: $(READY)  ## run the tests, about 8 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(READY)  ## run all tests, including the slow ones
