@@ -116,13 +116,12 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
         NotFiniteError: the loss or the gradient became NaN or infinite.
         LostProcessError: one of the run's processes died.
     """
-    from rich.console import Console
-
     silence_libraries()
     from align.required_runs import resolve_required_runs
+    from finetune.recipe.console import Terminal
     from finetune.training.launch import launch_stage
 
-    console = Console()
+    console = Terminal()
     return launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
 
 
@@ -184,9 +183,8 @@ def run_pipeline(
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
-    from rich.console import Console
-
     silence_libraries()
     from align.pipeline import runner
+    from finetune.recipe.console import Terminal
 
-    return runner.run_all_stages(pipeline, Console(), force=force, command=command)
+    return runner.run_all_stages(pipeline, Terminal(), force=force, command=command)

@@ -280,6 +280,23 @@ def test_errors_are_caught_by_name_and_never_dropped() -> None:
     assert [wrong for file in SOURCES for wrong in wrong_handlers(file)] == []
 
 
+def prints(file: Path) -> Iterator[str]:
+    """Yield the places where a file prints without the escapes of the project's own terminal."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("print", "Console", "rich.print", "click.echo", "click.secho") or called.startswith(
+                ("sys.stdout.write", "sys.stderr.write")
+            ):
+                yield f"{file.relative_to(ROOT)}:{node.lineno} {called}"
+
+
+def test_all_output_is_escaped() -> None:
+    # Texts of data, models and files have control characters. These two modules show them as escapes.
+    places = [place for file in SOURCES for place in prints(file)]
+    assert {place.split(":")[0] for place in places} == {"finetune/recipe/terminal.py"}
+
+
 def compares(test: ast.expr) -> bool:
     """Tell whether an assertion compares something; ``assert trained(model)`` holds for almost anything."""
     for node in ast.walk(test):

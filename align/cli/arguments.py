@@ -12,6 +12,7 @@ from finetune.recipe.discovery import stage_names, stage_of_verb, verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import find_run
+from finetune.recipe.terminal import echo
 
 FROM_HELP = "Parent run: run directory, name or prefix; or STAGE/RECIPE, which runs first if needed."
 STAGE_HELP = "Stage of the recipe."
@@ -33,7 +34,7 @@ def run_argument(context: click.Context, parameter: click.Parameter, value: str)
         return Path(value or "")
     folder, note = find_run(value, where="RUN", recipes=False)
     if note:
-        click.echo(note, err=True)
+        echo(note, err=True)
     return folder
 
 

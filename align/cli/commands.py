@@ -1,6 +1,5 @@
 """``llm-align`` command line (click). Heavy libraries are imported only inside the commands."""
 
-import json
 from pathlib import Path
 
 import click
@@ -29,6 +28,7 @@ from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
 from finetune.recipe.errors import UserError
 from finetune.recipe.silence import silence_libraries
+from finetune.recipe.terminal import echo, echo_json, prepare_terminal
 
 PROGRAM = "llm-align"
 
@@ -44,6 +44,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; turn exceptions into messages and exit codes."""
+    prepare_terminal()
     try:
         # Not standalone: click would print its own messages and choose its own exit codes.
         cli.main(prog_name=PROGRAM, standalone_mode=False)
@@ -71,7 +72,7 @@ def list_(kind: str | None, as_json: bool) -> None:
     kinds = [name for name in listing if name not in ON_REQUEST] if kind is None else [kind]
     chosen = {name: listing[name] for name in kinds}
     if as_json:
-        click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
+        echo_json(chosen)
     else:
         print_listing(chosen)
 
@@ -99,7 +100,7 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
 
     stage, arguments = split_stage(stage, arguments)
     if schema:
-        click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
+        echo_json(json_schema(stage))
         return
     recipe = recipe_from_arguments(
         stage, arguments, {"model.init_from": init_from} if init_from is not None else {}
@@ -108,7 +109,7 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
         values = [
             {"key": key, "value": value, "origin": origin} for key, value, origin in setting_rows(recipe)
         ]
-        click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
+        echo_json({"stage": stage, "recipe": recipe.name, "settings": values})
     else:
         print_recipe(recipe)
 
@@ -148,15 +149,14 @@ def data(
     html: Path | None,
 ) -> None:
     """Preview the tokenized data: rows with loss mask, lengths, truncation, mixture, number of steps."""
-    from rich.console import Console
-
     from align.cli.data_terminal import print_header, print_preview
+    from finetune.recipe.console import Terminal
 
     stage, arguments = split_stage(stage, arguments)
     shortcuts = {"model.base": base, "data.source": source, "model.init_from": init_from}
     overrides = {key: value for key, value in shortcuts.items() if value is not None}
     recipe = recipe_from_arguments(stage, arguments, overrides)
-    console = Console()
+    console = Terminal()
     if not as_json:
         print_header(recipe, console)
     silence_libraries()
@@ -166,7 +166,7 @@ def data(
     if html is not None:
         write_page(preview_data, html)
     if as_json:
-        click.echo(json.dumps(preview_data, indent=1, ensure_ascii=False))
+        echo_json(preview_data)
     else:
         print_preview(preview_data, console, page=html)
 
@@ -186,7 +186,7 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
     if prompt is None:
         chat_loop(directory, max_new_tokens=max_new_tokens, temperature=temperature)
     else:
-        click.echo(generate_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
+        echo(generate_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
 @cli.command()
@@ -214,8 +214,8 @@ def merge(directory: Path) -> None:
     silence_libraries()
     from finetune.training.save import merge_run
 
-    click.echo(f"merged   {merge_run(directory)}")
-    click.echo(f"next     llm-align sft --base {directory}")
+    echo(f"merged   {merge_run(directory)}")
+    echo(f"next     llm-align sft --base {directory}")
 
 
 add_stage_commands(cli)

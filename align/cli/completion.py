@@ -43,6 +43,7 @@ from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import stage_settings
 from finetune.recipe.runs import FINISHED, RUNS_FOLDER, read_run_record
 from finetune.recipe.settings import AdapterSettings, TrainSettings
+from finetune.recipe.terminal import echo
 
 Item = CompletionItem[str]
 Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
@@ -68,7 +69,7 @@ def completion(context: click.Context, shell: str) -> None:
     shell_class = get_completion_class(shell)
     assert shell_class is not None
     variable = f"_{program.replace('-', '_')}_COMPLETE".upper()
-    click.echo(shell_class(root.command, {}, program, variable).source())
+    echo(shell_class(root.command, {}, program, variable).source())
 
 
 class _CompleteWords(ShellComplete):

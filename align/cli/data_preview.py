@@ -29,6 +29,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
+from finetune.recipe.visible_text import visible_value
 from finetune.training.auto_values import optimizer_steps
 from finetune.training.model import TextEncoding, build_text_encoding
 
@@ -178,7 +179,7 @@ def write_page(preview_data: PreviewData, path: Path) -> None:
         UserError: the file cannot be written.
     """
     folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, finalize=visible_value)
     try:
         path.write_text(environment.get_template("data.html.j2").render(preview_data), encoding="utf-8")
     except OSError as error:

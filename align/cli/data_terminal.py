@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.visible_text import visible
 
 TRAINED_STYLE, UNTRAINED_STYLE = "bold green", "dim"
-TRAINED_MARKS = "⟦{}⟧"
-"""Marks trained tokens if the terminal has no colors."""
+TRAINED_MARKS, ASCII_MARKS = "⟦{}⟧", "[[{}]]"
+"""Mark trained tokens if the terminal has no colors; for an encoding without ⟦."""
 
 HEAD_CHARACTERS, TAIL_CHARACTERS = 900, 300
 """Characters shown of a long span; the HTML page shows all."""
@@ -27,7 +28,7 @@ def print_header(recipe: Recipe, console: Console) -> None:
     mixture_sources = [component.source for component in data.mix or []]
     rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
     sources = " + ".join(mixture_sources or rows)
-    title = f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}"
+    title = f"[bold]{recipe.stage} {escape(recipe.name)}[/]  {escape(recipe.description)}"
     console.print(title, highlight=False, soft_wrap=True)
     line = f"data {sources}, template {data.template}, base {recipe.settings.model.base}"
     console.print(escape(line), highlight=False, soft_wrap=True)
@@ -48,19 +49,20 @@ def _print_rows(preview_data: dict[str, Any], console: Console) -> None:
     if not preview_data["shown"]:
         return
     has_colors = console.color_system is not None
+    marks = ASCII_MARKS if console.options.ascii_only else TRAINED_MARKS
     trained_label = (
-        Text("trained tokens", TRAINED_STYLE) if has_colors else Text(TRAINED_MARKS.format("trained tokens"))
+        Text("trained tokens", TRAINED_STYLE) if has_colors else Text(marks.format("trained tokens"))
     )
     legend = () if preview_data["prompts"] else (", ", trained_label)
     console.print(Text.assemble("rows as the model sees them", *legend, ":"))
     for row in preview_data["shown"]:
         share = f", {row['trained_tokens'] / row['tokens']:.0%} trained" * (not preview_data["prompts"])
         line = f"── {row['where']}  {row['tokens']} tokens{share}"
-        console.print(Text(line, "cyan"), soft_wrap=True)
+        console.print(Text(visible(line), "cyan"), soft_wrap=True)
         text = Text()
         for piece in row["pieces"]:
-            shown_text = _elided(piece["text"])
-            marked = TRAINED_MARKS.format(shown_text) if piece["trained"] and not has_colors else shown_text
+            shown_text = visible(_elided(piece["text"]))
+            marked = marks.format(shown_text) if piece["trained"] and not has_colors else shown_text
             text.append(marked, TRAINED_STYLE if piece["trained"] else UNTRAINED_STYLE)
         console.print(text, soft_wrap=True)
     console.print("──", style="cyan")
@@ -74,7 +76,7 @@ def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     for note in preview_data["notes"]:
         console.print(escape(note), highlight=False, soft_wrap=True)
     for count in preview_data["counts"]:
-        line = f"rows {count['what']}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
+        line = f"rows {escape(count['what'])}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
         console.print(line, highlight=False, soft_wrap=True)
     what, loss = "rows", f", [bold]{preview_data['trained_share']:.0%}[/] have loss"
     if preview_data["prompts"]:
@@ -111,7 +113,7 @@ def _print_lengths(preview_data: dict[str, Any], console: Console) -> None:
     max_rows = max(bar["rows"] for bar in lengths["histogram"])
     for bar in lengths["histogram"]:
         bar_label = f"{bar['from']:>6}-{bar['to']:<6}"
-        blocks = "█" * round(BAR_WIDTH * bar["rows"] / max_rows)
+        blocks = ("#" if console.options.ascii_only else "█") * round(BAR_WIDTH * bar["rows"] / max_rows)
         console.print(f"{bar_label} {blocks:<{BAR_WIDTH}} {bar['rows']:,}", highlight=False)
 
 

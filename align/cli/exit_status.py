@@ -4,10 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
-
 from finetune.distributed.rank import dist_info
 from finetune.recipe.silence import silence_libraries
+from finetune.recipe.terminal import echo
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 DOES_NOT_FIT = 3
@@ -19,7 +18,7 @@ def fail(message: str, status: int) -> None:
     dist = dist_info()
     if not dist.is_main:
         message = f"rank {dist.rank}: {message}"
-    click.echo(f"llm-align: {message}", err=True)
+    echo(f"llm-align: {message}", err=True)
     sys.exit(status)
 
 

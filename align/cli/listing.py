@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from align.pipeline.file import pipeline_descriptions
 from align.preference.losses.catalog import all_losses
+from finetune.recipe.console import Terminal
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
 from finetune.recipe.schema import list_names, setting_rows
@@ -48,7 +48,7 @@ def names_by_kind() -> dict[str, dict[str, str]]:
 
 def print_listing(kinds: Mapping[str, Mapping[str, str]]) -> None:
     """Print names by kind as a table."""
-    console = Console()
+    console = Terminal()
     for kind, names in kinds.items():
         table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(no_wrap=True, style="cyan")
@@ -62,14 +62,16 @@ def print_listing(kinds: Mapping[str, Mapping[str, str]]) -> None:
 
 def print_recipe(recipe: Recipe) -> None:
     """Print every value of a recipe with its origin."""
-    console = Console()
-    console.print(f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}", highlight=False)
+    console = Terminal()
+    console.print(
+        f"[bold]{recipe.stage} {escape(recipe.name)}[/]  {escape(recipe.description)}", highlight=False
+    )
     table = Table(box=None)
     for column in ("setting", "value", "origin"):
         table.add_column(column, overflow="fold")
     for key, value, origin in setting_rows(recipe):
         style = "dim" if origin == "default" else ""
-        table.add_row(key, escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
+        table.add_row(escape(key), escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
     console.print(table)
     for note in recipe.notes:
         console.print(escape(note), highlight=False)

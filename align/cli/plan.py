@@ -1,6 +1,5 @@
 """``llm-align plan``: memory, time and disk of a recipe in a second or two, without loading it."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from align.cli.completion import (
 from align.cli.exit_status import DOES_NOT_FIT
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.terminal import echo_json
 
 if TYPE_CHECKING:
     from align.planner.alternatives import Alternative
@@ -115,20 +115,19 @@ def _print_plan(
 ) -> bool:
     """Print the plan and return whether it fits."""
     # Imported here, so that --help does not wait for them.
-    from rich.console import Console
-
     from align.planner.alternatives import find_alternatives
     from align.planner.plan import make_plan
     from align.planner.target_device import resolve_for_device, target_device
     from align.planner.terminal import print_alternatives, print_plan
+    from finetune.recipe.console import Terminal
 
     device, count = target_device(recipe.settings.train, gpu, gpus)
     recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
     alternatives = find_alternatives(recipe_plan, count) if fit else None
     if as_json:
-        click.echo(json.dumps(plan_record(recipe_plan, alternatives), indent=1, ensure_ascii=False))
+        echo_json(plan_record(recipe_plan, alternatives))
         return recipe_plan.fits
-    console = Console()
+    console = Terminal()
     print_plan(recipe_plan, console, command=command)
     if alternatives is not None:
         print_alternatives(alternatives, recipe_plan, console, command=command)

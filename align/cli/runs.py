@@ -1,18 +1,18 @@
 """Finished runs in the terminal: the summary of one, chat with it, and ``llm-align score``."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data_templates.segments import Message, TemplateError
+from finetune.recipe.console import Terminal
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.terminal import echo, echo_json
+from finetune.recipe.visible_text import visible
 from finetune.training.run_directory import Result
 
 if TYPE_CHECKING:
@@ -24,18 +24,20 @@ SPREAD_COLUMNS = ("mean", "std")
 
 def print_summary(result: Result) -> None:
     """Print the summary of a finished run."""
-    console = Console()
+    console = Terminal()
     for label, value in result.record["summary"].items():
         console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
     if result.samples:
         console.print(_samples_table(result))
     folder = result.directory
     console.print(
-        f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True
+        f"result   {escape(str(result.adapter))}\nreport   {escape(str(folder / 'report.html'))}",
+        highlight=False,
+        soft_wrap=True,
     )
     is_reward_model = "heads" in result.record["reload"]
     next_command = f"score {folder} FILE.jsonl" if is_reward_model else f"chat {folder}"
-    console.print(f"next     [bold]llm-align {next_command}[/]", highlight=False, soft_wrap=True)
+    console.print(f"next     [bold]llm-align {escape(next_command)}[/]", highlight=False, soft_wrap=True)
 
 
 def _samples_table(result: Result) -> Table:
@@ -47,7 +49,7 @@ def _samples_table(result: Result) -> Table:
     for sample in result.samples:
         cells = [sample.get(column, "") for column in columns]
         table.add_row(
-            *(escape(textwrap.shorten(cell, SAMPLE_CELL_WIDTH, placeholder=" …")) for cell in cells)
+            *(escape(textwrap.shorten(visible(cell), SAMPLE_CELL_WIDTH, placeholder=" …")) for cell in cells)
         )
     return table
 
@@ -72,7 +74,7 @@ def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
     from finetune.training.loaded_model import load_finished_run
 
     loaded = load_finished_run(run)
-    click.echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
+    echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
     history: list[Message] = []
     for question in _read_questions():
         if question == "/new":
@@ -85,7 +87,7 @@ def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
         except TemplateError:
             turns = turns[-1:]
             reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
-        click.echo(reply)
+        echo(reply)
         history = [*turns, loaded.encoder.parse_reply(reply)]
 
 
@@ -138,13 +140,13 @@ def score_and_print(run: Path, source: str, *, out: Path | None, as_json: bool) 
         write_scored_rows(rows, out)
     statistics = score_statistics(rows)
     if as_json:
-        print(json.dumps(statistics, indent=1, ensure_ascii=False))
+        echo_json(statistics)
     else:
         _print_reward_table(statistics, out)
 
 
 def _print_reward_table(statistics: dict[str, Any], out: Path | None) -> None:
-    console = Console()
+    console = Terminal()
     table = Table()
     has_accuracy = any("accuracy" in values for values in statistics["rewards"].values())
     for column in (
@@ -155,7 +157,7 @@ def _print_reward_table(statistics: dict[str, Any], out: Path | None) -> None:
     ):
         table.add_column(column, justify="left" if column == "reward" else "right", no_wrap=True)
     for name, values in statistics["rewards"].items():
-        table.add_row(name, *_statistics_cells(values))
+        table.add_row(escape(name), *_statistics_cells(values))
     console.print(table)
     num_without_reply = statistics["without_reply"]
     row_count = f"{statistics['rows']} rows" + (
@@ -163,7 +165,7 @@ def _print_reward_table(statistics: dict[str, Any], out: Path | None) -> None:
     )
     console.print(row_count, highlight=False)
     if out is not None:
-        console.print(f"written  {out}", highlight=False, soft_wrap=True)
+        console.print(f"written  {escape(str(out))}", highlight=False, soft_wrap=True)
     else:
         console.print("--out FILE.jsonl writes each row with its rewards", highlight=False)
 

@@ -131,17 +131,16 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 
 def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
     """Print the resolved settings and what the command would run, and where."""
-    from rich.console import Console
-
     from align.cli.listing import print_recipe
     from align.required_runs import plan_runs
+    from finetune.recipe.console import Terminal
     from finetune.training import auto_values
 
     *required, run = plan_runs(recipe, force=force)
     if not dist_info().is_main:
         return
     print_recipe(run.recipe)
-    console = Console()
+    console = Terminal()
 
     def print_line(label: str, text: str) -> None:
         console.print(f"{label:9}{text}", highlight=False, soft_wrap=True, markup=False)

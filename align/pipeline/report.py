@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +19,9 @@ from align.pipeline.directory import REPORT_FILE, RESOLVED_FILE, PipelineDirecto
 from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
 from finetune.recipe import yaml_file
+from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import plugin_summary, stage_names
+from finetune.recipe.visible_text import visible, visible_value
 from finetune.training.run_directory import Result
 
 COMPLETION_WIDTH = 160
@@ -33,7 +34,7 @@ def write_pipeline_report(
 ) -> None:
     """Write the report from the folders of the pipeline and its runs."""
     folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, finalize=visible_value)
     samples = folder.samples()
     generating_stages = list(samples[0]["replies"]) if samples else []
     stages = [_stage_context(entry, results[entry.name], pipeline, folder) for entry in pipeline.entries]
@@ -117,8 +118,8 @@ def print_pipeline(pipeline: Pipeline, *, notes: bool) -> None:
         pipeline: the pipeline to run.
         notes: also print the recipes' notes, which each stage prints when it runs.
     """
-    console = Console()
-    console.print(f"[bold]{pipeline.name}[/]  {escape(pipeline.description)}", highlight=False)
+    console = Terminal()
+    console.print(f"[bold]{escape(pipeline.name)}[/]  {escape(pipeline.description)}", highlight=False)
     table = Table(box=None)
     for column in ("stage", "recipe", "init from", "rewards"):
         table.add_column(column, no_wrap=True)
@@ -134,15 +135,17 @@ def print_pipeline(pipeline: Pipeline, *, notes: bool) -> None:
     recipe_notes = [f"{name}: {note}" for name, recipe in pipeline.recipes.items() for note in recipe.notes]
     for note in [*pipeline.notes, *(recipe_notes if notes else [])]:
         console.print(escape(note), highlight=False, soft_wrap=True)
-    console.print(f"report   {pipeline.path / REPORT_FILE}", highlight=False, soft_wrap=True)
+    report = escape(str(pipeline.path / REPORT_FILE))
+    console.print(f"report   {report}", highlight=False, soft_wrap=True)
 
 
 def print_pipeline_result(result: PipelineResult) -> None:
     """Print the result of a finished pipeline: metrics, samples, and the next command."""
-    console = Console()
+    console = Terminal()
     for name, stage in result.stages.items():
         seconds = result.record["stages"][name]["seconds"]
-        console.print(f"\n[bold]{name}[/]  {stage.directory}  {format_duration(seconds)}", highlight=False)
+        title = f"\n[bold]{escape(name)}[/]  {escape(str(stage.directory))}"
+        console.print(f"{title}  {format_duration(seconds)}", highlight=False)
         for label, value in stage.record["summary"].items():
             if label not in HIDDEN_SUMMARY_ENTRIES:
                 console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
@@ -152,9 +155,9 @@ def print_pipeline_result(result: PipelineResult) -> None:
     console.print(f"total time: {format_duration(total)}", highlight=False)
     last = result.last.directory
     next_command = f"score {last} FILE.jsonl" if "heads" in result.last.record["reload"] else f"chat {last}"
+    paths = f"result   {result.last.adapter}\nreport   {result.directory / REPORT_FILE}"
     console.print(
-        f"result   {result.last.adapter}\nreport   {result.directory / REPORT_FILE}\n"
-        f"next     [bold]llm-align {next_command}[/]",
+        f"{escape(paths)}\nnext     [bold]llm-align {escape(next_command)}[/]",
         highlight=False,
         soft_wrap=True,
     )
@@ -188,4 +191,4 @@ def _completion_with_rewards(text: str, name: str, rewards: dict[str, dict[str, 
 
 
 def _shorten(text: str) -> str:
-    return textwrap.shorten(text, COMPLETION_WIDTH, placeholder=" …")
+    return textwrap.shorten(visible(text), COMPLETION_WIDTH, placeholder=" …")

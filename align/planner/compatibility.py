@@ -4,11 +4,10 @@
 every stage. Rows with equal verdicts are merged.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,8 +25,10 @@ from finetune.distributed.solver import (
 )
 from finetune.distributed.strategies import STRATEGIES
 from finetune.recipe.compatibility import Rule
+from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import ADAPTERS, adapter_settings, adapter_traits, plugin_names, stage_names
 from finetune.recipe.recipe import stage_settings
+from finetune.recipe.terminal import echo_json
 
 DEVICE_KINDS = ("cpu", "cuda")
 YES, NO = "yes", "no"
@@ -176,9 +177,9 @@ def show_compatibility(stage: str, gpu: str | None, *, as_json: bool) -> None:
     """
     device = (device_by_name(gpu) if gpu is not None else detect_devices()[0]).kind
     if as_json:
-        click.echo(compatibility_json(stage, device))
+        echo_json(compatibility_cells(stage, device))
         return
-    print_compatibility(stage, device, Console())
+    print_compatibility(stage, device, Terminal())
 
 
 def print_compatibility(stage: str, device: str, console: Console) -> None:
@@ -201,9 +202,9 @@ def print_compatibility(stage: str, device: str, console: Console) -> None:
         console.print(escape(format_rule(rule)), highlight=False)
 
 
-def compatibility_json(stage: str, device: str) -> str:
-    """Return a stage's compatibility as JSON: one object per cell."""
-    cells = [
+def compatibility_cells(stage: str, device: str) -> list[dict[str, Any]]:
+    """Return a stage's compatibility for JSON: one object per cell."""
+    return [
         {
             "stage": stage,
             "device": device,
@@ -220,7 +221,6 @@ def compatibility_json(stage: str, device: str) -> str:
         for cell in matrix_cells(stage, device)
         for verdict in [check(cell)]
     ]
-    return json.dumps(cells, indent=1)
 
 
 def _rich_table(title: str, rows: list[VerdictRow]) -> Table:

@@ -44,7 +44,7 @@ def _print_head(plan: Plan, console: Console) -> None:
     hardware = f"{device_count}{plan.device.name}{strategy}{offload}"
     summary = f"{recipe.settings.model.base}, {method}{quantization}, {workload.precision}, on {hardware}"
     console.print(
-        f"[bold]{recipe.stage} {recipe.name}[/]  {escape(summary)}", highlight=False, soft_wrap=True
+        f"[bold]{recipe.stage} {escape(recipe.name)}[/]  {escape(summary)}", highlight=False, soft_wrap=True
     )
     console.print(
         fit_verdict(plan), style="green" if plan.fits else "bold red", highlight=False, soft_wrap=True

@@ -27,9 +27,11 @@ from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFiniteError
 from finetune.distributed.rank import dist_info
 from finetune.distributed.strategies import ZERO_STAGES
+from finetune.recipe.console import Terminal
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
+from finetune.recipe.terminal import prepare_terminal
 from finetune.training import auto_values
 from finetune.training.run_directory import Result, RunDirectory
 from finetune.training.stage import run_stage
@@ -63,7 +65,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
     check_deepspeed_installed(recipe.settings.train.strategy)
     dist = dist_info()
     if dist.world_size > 1:
-        rank_console = console if dist.is_main else Console(quiet=True)
+        rank_console = console if dist.is_main else Terminal(quiet=True)
         return run_stage(recipe, rank_console, force=force, command=command)
     if not RunDirectory.of(recipe, force=force).finished:
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
@@ -186,7 +188,7 @@ def run_worker(folder: Path) -> int:
     spec = pickle.loads((folder / SPEC_FILE).read_bytes())
     error_path = error_file(folder, dist.rank)
     try:
-        launch_stage(spec.recipe, Console(), force=spec.force, command=spec.command)
+        launch_stage(spec.recipe, Terminal(), force=spec.force, command=spec.command)
     except (UserError, Interrupted, NotFiniteError) as user_error:
         error_path.write_bytes(pickle.dumps(user_error))
         return 1
@@ -210,6 +212,7 @@ def _exit_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     silence_libraries()  # before the stage's imports, which is when the libraries warn
     status = run_worker(Path(sys.argv[1]))
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from finetune.recipe.visible_text import visible_value
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.run_directory import RunDirectory
 
@@ -62,7 +63,9 @@ def write_report(
 
 @cache
 def _template() -> Template:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=visible_value
+    )
     return environment.get_template("report.html.j2")
 
 
