@@ -1,15 +1,31 @@
-"""Load a saved adapter of any kind, PEFT's or ours."""
+"""Load a saved adapter of any kind, PEFT's or ours; what its model card says about loading."""
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from finetune.adapters import _bias_layer, _bottleneck_layer
+from finetune.adapters import register_peft_types
 from finetune.adapters._prompt_model import single_task_model
+from finetune.adapters._wrapping import CustomPeftType
 
-CUSTOM_TUNERS = (_bias_layer, _bottleneck_layer)
-"""Importing these registers our adapter types with PEFT."""
+CARD_SECTION = """\
+## Load this adapter
+
+`{peft_type}` is an adapter type of llm-align. Without llm-align, PEFT raises `KeyError: '{peft_type}'`.
+
+```bash
+pip install llm-align
+```
+
+These two lines register the type. PEFT and transformers then load the adapter like any other:
+
+```python
+from finetune.adapters import register_peft_types
+register_peft_types()
+```
+"""
 
 
 def load_saved_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
@@ -17,6 +33,7 @@ def load_saved_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
 
     Adapters of PEFT's own types also load with plain ``PeftModel.from_pretrained``.
     """
+    register_peft_types()
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, MultitaskPromptTuningConfig):
         return PeftModel.from_pretrained(base, str(path))
@@ -25,3 +42,15 @@ def load_saved_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
     model = single_task_model(base, config)
     model.load_adapter(str(path), "default")
     return model
+
+
+def add_loading_instructions(folder: Path, config: PeftConfig) -> None:
+    """Add to the card of a saved adapter of our own types what loads it.
+
+    PEFT looks the type up in a table, and has no hook for types that are not in it.
+    """
+    if isinstance(config.peft_type, CustomPeftType):
+        file = folder / "README.md"
+        card = ModelCard.load(file)
+        card.text = CARD_SECTION.format(peft_type=config.peft_type.value) + "\n" + card.text.lstrip()
+        card.save(file)

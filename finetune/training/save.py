@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapters._load import load_saved_adapter
+from finetune.adapters._load import add_loading_instructions, load_saved_adapter
 from finetune.distributed import collectives, sharding
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe import yaml_file
@@ -79,6 +79,8 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
             selected_adapters=[model.active_adapter],  # the model may hold a reference adapter too
             is_main_process=main,
         )
+    if main:
+        add_loading_instructions(folder, model.peft_config[model.active_adapter])
     return live
 
 

@@ -117,12 +117,11 @@ def test_scale_of_a_bottleneck(settings, expected):
 
 def test_adamix_averages_its_experts():
     """In training one expert runs; at inference a single bottleneck with the mean weights (section 3.4)."""
-    config = BottleneckConfig(hidden_size=WIDTH, width=NARROW, experts=3)
-    mixture = Bottleneck(config)
+    mixture = Bottleneck(BottleneckConfig(width=NARROW, experts=3), WIDTH)
     for weight in mixture.parameters():
         nn.init.normal_(weight)
     states = torch.randn(2, 4, WIDTH)
-    average = Bottleneck(BottleneckConfig(hidden_size=WIDTH, width=NARROW))
+    average = Bottleneck(BottleneckConfig(width=NARROW), WIDTH)
     with torch.no_grad():
         for mean, weight in zip(average.parameters(), mixture.parameters(), strict=True):
             mean.copy_(weight.mean(0, keepdim=True))
