@@ -48,7 +48,11 @@ class RankBudget:
             self.allocator.mask_using_rank_pattern(self.model, self.rank_pattern)
 
     def penalty(self) -> Tensor:
-        """Return gamma times the sum over layers of ||P^T P - I||^2 + ||Q Q^T - I||^2 (equation 4)."""
+        """Return gamma times the sum over layers of ||P^T P - I||^2 + ||Q Q^T - I||^2.
+
+        Equations 4 and 5 of arXiv 2303.10512. The authors' code and PEFT 0.21.2 take the norm without its
+        square, and the mean over all matrices.
+        """
         total = torch.zeros(())
         for name, weight in self.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:

@@ -1,7 +1,8 @@
 r"""AdaLoRA: LoRA as P Lambda Q, whose least important singular values are pruned during training.
 
 Zhang et al. 2023 (arXiv 2303.10512). Equation 3: W + P Lambda Q. Equation 4: the penalty
-R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2. Equations 8 to 10: importance from smoothed sensitivity and its
+R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2, summed over layers (the authors' code: the mean of the norms
+without the square). Equations 8 to 10: importance from smoothed sensitivity and its
 uncertainty. Equation 12: the budget decreases with a cubic schedule between warmup and cooldown.
 """
 

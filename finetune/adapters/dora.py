@@ -2,7 +2,8 @@ r"""DoRA: LoRA on a weight's direction, with a trained magnitude vector.
 
 Liu et al. 2024 (arXiv 2402.09353), equation 5: W' = m (W + B A) / ||W + B A||_c, with ||.||_c the norm of
 each column (of each output's weights, in PyTorch's layout) and m its trained magnitude. At initialization
-it equals the base.
+it equals the base. The norm is a constant in the backward pass (section 4.3), as PEFT implements it; in the
+authors' code this is the option ``dora_simple``.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -1,7 +1,8 @@
 r"""LLaMA-Adapter: trained prompts that the upper layers attend to through a zero-initialized gate.
 
 Zhang et al. 2023 (arXiv 2303.16199), equations 6 to 8: the attention to the prompt has a separate softmax,
-times a trained gate initialized to g = 0, so at initialization the model equals the base.
+times a trained gate initialized to g = 0, so at initialization the model equals the base. PEFT has one gate
+per layer; the authors' code has one per head, and its training script applies tanh to it.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -1,7 +1,8 @@
 r"""LoftQ: QLoRA whose low-rank product is initialized to the quantization error of each weight.
 
 Li et al. 2023 (arXiv 2310.08659), equation 6: min over A, B of ||W - Q - B A||_F for the 4-bit weight Q. One
-step of the alternation: the r largest singular values of W - Q, with Q the loaded NF4 base. The
+step of the alternation: the r largest singular values of W - Q, with Q the loaded NF4 base. The authors' code
+takes 5 steps, each of which quantizes W - B A again; here Q stays the base that every other adapter has. The
 full-precision weights are read from the base's files, one tensor at a time.
 """
 

@@ -73,7 +73,9 @@ def _chunk_sum(logits_NV: Tensor, targets_N: Tensor, label_smoothing: float) -> 
 def symmetric_kl_sum(logits_NV: Tensor, other_logits_NV: Tensor) -> Tensor:
     r"""Return sum_n 1/2 (KL(p_n || q_n) + KL(q_n || p_n)) of two forward passes' distributions.
 
-    Equal to 1/2 sum (p - q)(log p - log q); AdaMix (arXiv 2205.12410, equation 5).
+    Equal to 1/2 sum (p - q)(log p - log q); AdaMix (arXiv 2205.12410, equation 5). The gradient goes through
+    both distributions, as in the equation; the authors' code detaches the target of each KL, and for language
+    models multiplies the sum by 100.
 
     Args:
         logits_NV: (N, V) logits, any floating dtype.

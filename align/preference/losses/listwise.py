@@ -37,9 +37,9 @@ def rrhf(
     """RRHF: hinge ranking loss on log-probabilities per token, plus an NLL term on the best completion.
 
     v sum_{i better than j} max(0, p_j - p_i) - w p_best; arXiv 2304.05302, section 3, which adds both with
-    weight 1 (code that follows the authors' weights the ranking with 100). The paper sums the best one's
-    likelihood over tokens; here, as in that code, it is per token, on the scale of the ranking. Tied best
-    ones are averaged.
+    weight 1 and sums the best one's log-likelihood over tokens. Here it is per token, on the scale of the
+    ranking. The authors' code weights the ranking with 100, and divides both by the length of the padded row,
+    prompt included. Tied best ones are averaged.
     """
     means = lists.mean_logps
     too_low = F.relu(means[:, None, :] - means[:, :, None]).masked_fill(~lists.better, 0.0)

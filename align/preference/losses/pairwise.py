@@ -124,7 +124,8 @@ def simpo(
     """SimPO: logistic loss on log-probabilities per token, with a margin; no reference.
 
     -log s(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - g); arXiv 2405.14734, equation 6. The paper's
-    beta is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself, by default g / beta = 0.5.
+    beta is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself, by default g / beta = 0.5. In the authors'
+    code the setting is g / beta.
     """
     chosen, rejected = beta * pairs.chosen_mean_logps, beta * pairs.rejected_mean_logps
     return _loss_output(-F.logsigmoid(chosen - rejected - margin), chosen, rejected)
@@ -158,7 +159,8 @@ def orpo(
 
     -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean
     of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
-    Mistral. The NLL is that of the completion only; TRL includes the prompt's tokens.
+    Mistral. The NLL is that of the completion only; the authors' code (by default) and TRL include the
+    prompt's tokens.
     """
     chosen, rejected = pairs.chosen_mean_logps, pairs.rejected_mean_logps
     # log odds(p) = log p - log(1 - p), from log p alone.

@@ -113,7 +113,8 @@ def token_rewards(kl_CT: Tensor, scores_C: Tensor, lengths_C: Tensor, *, kl_coef
     """Return the per-token rewards: the KL penalty -beta kl_t, plus the score at the last token.
 
     Summed over a completion this is R(x, y) = r(x, y) - beta sum_t kl_t, the reward of Ziegler et al. (arXiv
-    1909.08593, equation 2) and of InstructGPT (arXiv 2203.02155, equation 2).
+    1909.08593, equation 2) and of InstructGPT (arXiv 2203.02155, equation 2). The code of arXiv 2403.17031
+    adds the score one position later, at the first padding token, if there is one.
 
     Args:
         kl_CT: (C, T), one of ``kl_terms``; entries after the end of a completion are not read.

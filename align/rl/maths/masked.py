@@ -55,7 +55,8 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
 
     Rewards are whitened with their mean retained, advantages with mean 0 (arXiv 2403.17031, details 24
     and 25; "The N implementation details of RLHF with PPO", reward and advantage whitening). The variance is
-    the unbiased one, as in the code of the former.
+    over n - 1, as in TRL's PPO. The code of that paper divides by n, so that its values are larger by the
+    factor sqrt(n / (n - 1)); and it whitens the tokens of each process separately.
 
     Args:
         values: (C, T), or any shape.

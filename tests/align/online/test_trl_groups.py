@@ -10,6 +10,7 @@ from transformers import set_seed
 from trl import GRPOConfig, RLOOConfig
 
 from align.engines.trl.online import TRAINERS, PromptIdTokenizer, TRLRewardFunction, prompt_order
+from align.online.settings import GRPOSettings
 from align.rl.prompts import Prompts
 from align.rl.rewards.rewards import RewardScores
 from data_templates.segments import Message
@@ -156,6 +157,14 @@ def test_rloo_baseline_is_the_mean_of_the_other_completions(tmp_path):
     for advantage, reward, group in results:
         assert advantage == pytest.approx(reward - (float(group.sum()) - reward) / 3, abs=1e-3)
     assert len({round(advantage, 3) for advantage, *_ in results}) > 4
+
+
+def test_grpo_is_the_papers_by_default():
+    """arXiv 2402.03300, equation 3; TRL's own defaults are the loss of DAPO, and no KL."""
+    paper = {"loss_type": "grpo", "beta": 0.04, "scale_rewards": "group"}
+    ours, trl = GRPOSettings().trl_arguments, GRPOConfig(use_cpu=True, bf16=False)
+    assert {key: ours[key] for key in paper} == paper
+    assert (trl.loss_type, trl.beta) == ("dapo", 0.0)
 
 
 def test_grpo_normalizes_by_group_std(tmp_path):

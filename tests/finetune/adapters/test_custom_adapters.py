@@ -314,3 +314,30 @@ def test_a_multitask_prompt_starts_from_an_earlier_run(tmp_path):
     assert torch.equal(*shared)
     (problem,) = problems(multitask_prompt.Settings(source="nowhere"))
     assert "'nowhere' has no adapter" in str(problem)
+
+
+def test_doras_norm_is_a_constant_in_the_backward_pass():
+    """Section 4.3 of the paper: y = m x W^T / c, with W = W_0 + s B A and c its norms, detached."""
+    adapted = build("dora", base_of("llama"), dropout=0.0)
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(up)
+    states = torch.randn(3, WIDTH)
+    layer(states).square().sum().backward()
+    gradients = []
+    for is_constant in (True, False):
+        factors = [weight.detach().clone().requires_grad_() for weight in (down, up)]
+        weight = layer.weight.detach() + layer.scaling["default"] * factors[1] @ factors[0]
+        norms = weight.norm(dim=1, keepdim=True)
+        magnitudes = layer.lora_magnitude_vector["default"].weight.detach()[:, None]
+        scaled = magnitudes * weight / (norms.detach() if is_constant else norms)
+        nn.functional.linear(states, scaled).square().sum().backward()
+        gradients.append(factors[0].grad)
+    assert torch.allclose(down.grad, gradients[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(down.grad, gradients[1], rtol=0.1)
+
+
+def test_llama_adapter_has_one_gate_per_layer():
+    adapted = build("llama_adapter", base_of("llama"))
+    gates = {name: gate for name, gate in adapted.named_parameters() if "gate" in name and gate.requires_grad}
+    assert [gate.tolist() for gate in gates.values()] == [[0.0]] * adapted.config.num_hidden_layers
