@@ -52,5 +52,7 @@ def add_loading_instructions(folder: Path, config: PeftConfig) -> None:
     if isinstance(config.peft_type, CustomPeftType):
         file = folder / "README.md"
         card = ModelCard.load(file)
-        card.text = CARD_SECTION.format(peft_type=config.peft_type.value) + "\n" + card.text.lstrip()
-        card.save(file)
+        section = CARD_SECTION.format(peft_type=config.peft_type.value)
+        if section not in card.text:  # PEFT updates a card that is there
+            card.text = f"\n{section}\n{card.text.lstrip()}"
+            card.save(file)
