@@ -18,8 +18,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STAGES := $(subst _,-,$(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py)))))
-OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
-          $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
+PLANNED = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
+          $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD))
+OPTIONS = $(PLANNED) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check docs tiny-base tiny-data compare clean
@@ -50,13 +51,13 @@ list: $(READY)  ## list recipes, pipelines, adapters, templates, losses, bases, 
 	$(BIN)/llm-align list $(ARGS)
 
 show: $(READY)  ## show every value of a recipe with its origin
-	$(BIN)/llm-align show $(RECIPE) $(if $(FROM),--from $(FROM)) $(ARGS)
+	$(BIN)/llm-align show $(RECIPE) $(PLANNED) $(ARGS)
 
 data: $(READY)  ## preview tokenized data and loss mask: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
-	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(FROM),--from $(FROM)) $(ARGS)
+	$(BIN)/llm-align data $(RECIPE) $(PLANNED) $(ARGS)
 
 plan: $(READY)  ## estimate memory, time and disk before anything is loaded: make plan RECIPE=alpaca BASE=llama-2-7b ARGS="--gpu 24GB"
-	$(BIN)/llm-align plan $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(FROM),--from $(FROM)) $(ARGS)
+	$(BIN)/llm-align plan $(RECIPE) $(PLANNED) $(ARGS)
 
 chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)

@@ -1,6 +1,7 @@
 """Python API: the commands of ``llm-align`` as functions."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.default_recipe import default_recipe
 from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
 from finetune.recipe.runs import find_run
 from finetune.recipe.silence import silence_libraries
 
@@ -16,16 +18,19 @@ if TYPE_CHECKING:
     from align.pipeline.plan import Pipeline
     from align.planner.plan import Plan
     from align.reward.scorer import RewardModel
+    from finetune.recipe.python_tables import ArrowStream
     from finetune.training.loaded_model import LoadedModel
     from finetune.training.run_directory import Result
+
+    Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | ArrowStream
 
 
 def load_recipe(
     name: str | None = None,
     *,
-    stage: str = "sft",
+    stage: str | None = None,
     base: str | None = None,
-    data: str | list[dict[str, Any]] | None = None,
+    data: "Data | None" = None,
     adapter: str | None = None,
     init_from: str | Path | None = None,
     reward: str | Path | None = None,
@@ -35,17 +40,19 @@ def load_recipe(
     """Load a recipe, as ``llm-align STAGE NAME --base .. --data .. section.key=value`` does.
 
     Args:
-        name: name of a recipe, or path of a YAML file. None: the quickstart, or with another base than the
-            bundled one, the stage's default recipe on public data.
-        stage: stage of the recipe.
+        name: name of a recipe, ``stage/name``, path of a YAML file, or a run, whose recipe is loaded. None:
+            the quickstart, or with another base than the bundled one, the stage's default recipe.
+        stage: stage of the recipe. None: that of ``name``, or sft.
         base: short name, Hub id or folder of the base model.
-        data: Hub id, file, folder, or a list of rows.
+        data: Hub id, file, folder, or rows: a list or a generator of dicts, a data frame (pandas, polars), a
+            dataset (datasets), an Arrow table. A snapshot of rows is taken; the run directory gets a copy.
         adapter: name of an adapter.
         init_from: parent run: its run directory, its name, or ``stage/recipe``.
         reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
             ``file.py:function``.
         out: the run directory.
-        settings: further overrides, ``{"train.epochs": 3}``.
+        settings: further overrides, ``{"train.epochs": 3}``. Keys of data take rows too:
+            ``{"data.held_out": rows, "data.mix": [{"source": rows, "weight": 2}]}``.
 
     Raises:
         UserError: all problems found.
@@ -58,7 +65,8 @@ def load_recipe(
         "rewards.sources": str(reward) if reward is not None else None,
     }
     overrides = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
-    stage = stage_of_verb(stage)
+    stage = stage_of_verb(stage) if stage is not None else None
+    stage, name = resolve_name(name, stage=stage) if name else (stage or DEFAULT_STAGE, "")
     recipe_name, notes = (name, []) if name else default_recipe(stage, overrides)
     recipe = read_recipe(stage, recipe_name, shortcuts=overrides, out=Path(out) if out is not None else None)
     return replace(recipe, notes=[*notes, *recipe.notes])
@@ -143,6 +151,22 @@ def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> 
     return make_plan(resolve_for_device(recipe, device, count), device, count)
 
 
+def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
+    """Return the preview of a recipe's tokenized data, as ``llm-align data --json`` prints it.
+
+    Args:
+        recipe: from ``load_recipe``.
+        rows: number of rows to show.
+
+    Raises:
+        UserError: invalid data, with the location and the field of the rows, or an unknown base.
+    """
+    silence_libraries()
+    from align.cli.data_preview import preview
+
+    return preview(recipe, rows=rows)
+
+
 def load_pipeline(
     name: str,
     *,
@@ -179,7 +203,7 @@ def run_pipeline(
         command: the command that is recorded in pipeline.json.
 
     Raises:
-        UserError: invalid settings or data; if it is raised by the first stage, nothing was written.
+        UserError: invalid settings or rows of any stage; nothing was written. Later, an error of a stage.
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from align.data_check import data_problems
 from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.hardware import detect_devices
@@ -76,8 +77,8 @@ class PlannedRun:
 def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
     """Return the runs of a recipe's command in order, its own last; nothing runs and nothing is written.
 
-    Checked are the settings on this machine, user functions, required runs and the run directory. Data files
-    are hashed and not parsed; neither the base nor torch is loaded.
+    Checked are the settings on this machine, user functions, rows, required runs and the run directory. Of
+    large files the first rows are read, nothing of the Hub; neither the base nor torch is loaded.
 
     Args:
         recipe: the loaded recipe.
@@ -89,6 +90,7 @@ def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
     settings = recipe.settings
     problems = caught(load_graders, settings.evaluate.graders)
     problems += caught(check_deepspeed_installed, settings.train.strategy)
+    problems += data_problems(recipe, dry_run=True)
     try:
         target = _target_machine(recipe)
         recipe = resolve(recipe, target)

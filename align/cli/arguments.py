@@ -1,26 +1,153 @@
-"""Arguments that several commands take: RECIPE and SECTION.KEY=VALUE, --stage, --from, RUN."""
+"""Arguments that several commands take: RECIPE and SECTION.KEY=VALUE with a recipe's options, and RUN."""
 
-from dataclasses import replace
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from align.cli.completion import (
+    complete_adapter,
+    complete_base,
+    complete_file,
+    complete_parent,
+    complete_reward,
+    complete_stage,
+    complete_words,
+)
 from align.default_recipe import default_recipe
-from finetune.recipe.discovery import stage_names, stage_of_verb, verb_of
-from finetune.recipe.errors import Problem, UserError
+from align.rl.rewards.settings import has_rewards_section
+from finetune.recipe.discovery import stage_of_verb, verb_of
 from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
 from finetune.recipe.runs import find_run
 from finetune.recipe.terminal import echo
 
+Command = Callable[..., None]
+METAVAR = "[RECIPE] [SECTION.KEY=VALUE]..."
+STAGE_METAVAR = "[[STAGE/]RECIPE] [SECTION.KEY=VALUE]..."
+STAGE_HELP = "Stage of the recipe; default: that of RECIPE, or sft."
 FROM_HELP = "Parent run: run directory, name or prefix; or STAGE/RECIPE, which runs first if needed."
-STAGE_HELP = "Stage of the recipe."
+REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 
-def stage_option(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return the stage that --stage names, by its name or by its command."""
-    return stage_of_verb(value)
+@dataclass(frozen=True)
+class RecipeArguments:
+    """The recipe of a command line: its name, its overrides and its options.
+
+    Attributes:
+        words: ``RECIPE`` and ``section.key=value``.
+        stage: the stage of the command or of --stage; None: that of the recipe.
+        options: values of --base, --data and the others, by flag.
+    """
+
+    words: tuple[str, ...]
+    stage: str | None
+    options: Mapping[str, str]
+
+    def resolve_stage(self) -> tuple[str, str]:
+        """Return the stage, and the recipe's name or path, "" without one.
+
+        Raises:
+            UsageError: more than one name.
+            UserError: the recipe is of another stage, or several stages have one of this name.
+        """
+        names = [word for word in self.words if is_recipe_word(word)]
+        if len(names) > 1:
+            raise click.UsageError(
+                f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE, "
+                "with quotes around a value that has spaces"
+            )
+        return resolve_name(names[0], stage=self.stage) if names else (self.stage or DEFAULT_STAGE, "")
+
+    def load(self, *, out: Path | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
+        """Load the recipe.
+
+        Args:
+            out: the run directory.
+            settings: values of further options, by recipe key.
+
+        Raises:
+            UsageError: more than one name.
+            UserError: invalid recipe.
+        """
+        shortcuts = {OPTION_KEYS[flag]: value for flag, value in self.options.items()}
+        shortcuts |= dict(settings or {})
+        stage, name = self.resolve_stage()
+        name, notes = (name, []) if name else default_recipe(stage, shortcuts)
+        overrides = [word for word in self.words if not is_recipe_word(word)]
+        recipe = read_recipe(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
+        return replace(recipe, notes=[*notes, *recipe.notes])
+
+    def command(self, *further: str) -> str:
+        """Return the command line that runs the recipe, with further arguments."""
+        stage, name = self.resolve_stage()
+        words = [name if is_recipe_word(word) else word for word in self.words]
+        options = [f"{flag} {shlex.quote(value)}" for flag, value in self.options.items()]
+        return " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *options, *further])
+
+
+OPTIONS = {
+    "--base": ("base", "B", complete_base, "Base model: short name, Hub id or folder."),
+    "--data": ("data", "D", complete_file, "Data: Hub id, file or folder."),
+    "--adapter": ("adapter", "A", complete_adapter, "Adapter (see `llm-align list adapters`)."),
+    "--from": ("init_from", "RUN", complete_parent, FROM_HELP),
+    "--reward": ("reward", "RUN", complete_reward, REWARD_HELP),
+}
+"""Options of a recipe: parameter, metavar, completion and help."""
+OPTION_KEYS = {
+    "--base": "model.base",
+    "--data": "data.source",
+    "--adapter": "adapter.method",
+    "--from": "model.init_from",
+    "--reward": "rewards.sources",
+}
+
+
+def _stage_of_option(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else stage_of_verb(value)
+
+
+_STAGE_OPTION = click.option(
+    "--stage", metavar="S", callback=_stage_of_option, shell_complete=complete_stage, help=STAGE_HELP
+)
+
+
+def recipe_arguments(*, stage: str | None = None) -> Callable[[Command], Command]:
+    """Add the arguments of a recipe to a command, which receives them as its first parameter.
+
+    Args:
+        stage: the stage of the command's recipes; None: of any, with the option --stage.
+    """
+    flags = [flag for flag in OPTIONS if flag != "--reward" or stage is None or has_rewards_section(stage)]
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_recipe(words: tuple[str, ...], **parameters: Any) -> None:
+            given = {flag: parameters.pop(OPTIONS[flag][0]) for flag in flags}
+            options = {flag: value for flag, value in given.items() if value is not None}
+            command(RecipeArguments(words, stage or parameters.pop("stage"), options), **parameters)
+
+        decorated: Command = with_recipe
+        for flag in reversed(flags):
+            name, metavar, complete, text = OPTIONS[flag]
+            option = click.option(flag, name, metavar=metavar, shell_complete=complete, help=text)
+            decorated = option(decorated)
+        if stage is None:
+            decorated = _STAGE_OPTION(decorated)
+        metavar = METAVAR if stage else STAGE_METAVAR
+        return click.argument("words", nargs=-1, metavar=metavar, shell_complete=complete_words)(decorated)
+
+    return decorate
+
+
+def is_recipe_word(word: str) -> bool:
+    """Return True for the name of a recipe, False for ``section.key=value``."""
+    # A folder may be called lr=1e-4.
+    return "=" not in word or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
 
 
 def run_argument(context: click.Context, parameter: click.Parameter, value: str) -> Path:
@@ -36,56 +163,3 @@ def run_argument(context: click.Context, parameter: click.Parameter, value: str)
     if note:
         echo(note, err=True)
     return folder
-
-
-def split_stage(stage: str, arguments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Return the stage and the arguments with ``STAGE/RECIPE`` replaced by ``RECIPE``.
-
-    Args:
-        stage: the command's stage, or the value of --stage.
-        arguments: ``RECIPE`` or ``STAGE/RECIPE``, and ``section.key=value``.
-
-    Raises:
-        UserError: the recipe is of another stage than the user chose.
-    """
-    source = click.get_current_context().get_parameter_source("stage")
-    words = list(arguments)
-    for index, word in enumerate(words):
-        verb, slash, name = word.partition("/")
-        recipe_stage = stage_of_verb(verb)
-        is_path = word.endswith((".yaml", ".yml")) or Path(word).exists()
-        if not slash or "=" in word or is_path or recipe_stage not in stage_names():
-            continue
-        # Only a default of --stage gives way to the recipe's stage.
-        if recipe_stage != stage and source is not ParameterSource.DEFAULT:
-            actual, repair = f"a recipe of stage {recipe_stage}", f"llm-align {verb_of(recipe_stage)} {name}"
-            raise UserError(Problem(word, actual, f"a recipe of stage {stage}", repair))
-        stage, words[index] = recipe_stage, name
-    return stage, tuple(words)
-
-
-def recipe_from_arguments(
-    stage: str, arguments: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None = None
-) -> Recipe:
-    """Load the recipe of command-line arguments: the one without ``=`` is its name, the others are overrides.
-
-    Args:
-        stage: the stage of the recipe.
-        arguments: ``RECIPE`` and ``section.key=value``.
-        shortcuts: values of --base, --data and other options, by recipe key.
-        out: the run directory.
-
-    Raises:
-        UsageError: more than one name.
-        UserError: invalid recipe.
-    """
-    names = [argument for argument in arguments if "=" not in argument]
-    if len(names) > 1:
-        raise click.UsageError(
-            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE, "
-            "with quotes around a value that has spaces"
-        )
-    overrides = [argument for argument in arguments if "=" in argument]
-    name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)
-    recipe = read_recipe(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
-    return replace(recipe, notes=[*notes, *recipe.notes])

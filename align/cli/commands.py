@@ -4,24 +4,8 @@ from pathlib import Path
 
 import click
 
-from align.cli.arguments import (
-    FROM_HELP,
-    STAGE_HELP,
-    recipe_from_arguments,
-    run_argument,
-    split_stage,
-    stage_option,
-)
-from align.cli.completion import (
-    complete_base,
-    complete_file,
-    complete_kind,
-    complete_parent,
-    complete_run,
-    complete_stage,
-    complete_words,
-    completion,
-)
+from align.cli.arguments import RecipeArguments, recipe_arguments, run_argument
+from align.cli.completion import complete_file, complete_kind, complete_run, completion
 from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
@@ -31,6 +15,18 @@ from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import echo, echo_json, prepare_terminal
 
 PROGRAM = "llm-align"
+SHOW_EPILOG = """\b
+Examples:
+  llm-align show alpaca
+  llm-align show dpo/hh --from sft-alpaca              a recipe of another stage, on a finished run
+  llm-align show sft-alpaca                            the resolved recipe of a run
+"""
+DATA_EPILOG = """\b
+Examples:
+  llm-align data quickstart --data my.jsonl --rows 5
+  llm-align data ppo/hh --from sft-alpaca --data prompts.jsonl
+  llm-align data sft-alpaca                            the data of a run
+"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,85 +73,43 @@ def list_(kind: str | None, as_json: bool) -> None:
         print_listing(chosen)
 
 
-@cli.command()
-@click.argument(
-    "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
-)
-@click.option(
-    "--stage",
-    default="sft",
-    show_default=True,
-    callback=stage_option,
-    shell_complete=complete_stage,
-    help=STAGE_HELP,
-)
-@click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
+@cli.command(epilog=SHOW_EPILOG)
+@recipe_arguments()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
-def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json: bool, schema: bool) -> None:
-    """Show a recipe with the origin of every value."""
+def show(selected: RecipeArguments, as_json: bool, schema: bool) -> None:
+    """Show a recipe, or the recipe of a run, with the origin of every value."""
     from align.cli.listing import print_recipe
     from finetune.recipe.schema import recipe_schema as json_schema
     from finetune.recipe.schema import setting_rows
 
-    stage, arguments = split_stage(stage, arguments)
     if schema:
+        stage, _ = selected.resolve_stage()
         echo_json(json_schema(stage))
         return
-    recipe = recipe_from_arguments(
-        stage, arguments, {"model.init_from": init_from} if init_from is not None else {}
-    )
+    recipe = selected.load()
     if as_json:
         values = [
             {"key": key, "value": value, "origin": origin} for key, value, origin in setting_rows(recipe)
         ]
-        echo_json({"stage": stage, "recipe": recipe.name, "settings": values})
+        echo_json({"stage": recipe.stage, "recipe": recipe.name, "settings": values})
     else:
         print_recipe(recipe)
 
 
-@cli.command()
-@click.argument(
-    "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
-)
-@click.option(
-    "--stage",
-    default="sft",
-    show_default=True,
-    callback=stage_option,
-    shell_complete=complete_stage,
-    help=STAGE_HELP,
-)
-@click.option(
-    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
-)
-@click.option(
-    "--data", "source", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder."
-)
-@click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
+@cli.command(epilog=DATA_EPILOG)
+@recipe_arguments()
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write the preview as an HTML page."
 )
-def data(
-    arguments: tuple[str, ...],
-    stage: str,
-    base: str | None,
-    source: str | None,
-    init_from: str | None,
-    rows: int,
-    as_json: bool,
-    html: Path | None,
-) -> None:
+def data(selected: RecipeArguments, rows: int, as_json: bool, html: Path | None) -> None:
     """Preview the tokenized data: rows with loss mask, lengths, truncation, mixture, number of steps."""
     from align.cli.data_terminal import print_header, print_preview
     from finetune.recipe.console import Terminal
 
-    stage, arguments = split_stage(stage, arguments)
-    shortcuts = {"model.base": base, "data.source": source, "model.init_from": init_from}
-    overrides = {key: value for key, value in shortcuts.items() if value is not None}
-    recipe = recipe_from_arguments(stage, arguments, overrides)
+    recipe = selected.load()
     console = Terminal()
     if not as_json:
         print_header(recipe, console)

@@ -41,6 +41,7 @@ from finetune.recipe.discovery import (
 from finetune.recipe.errors import UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import stage_settings
+from finetune.recipe.recipe_name import DEFAULT_STAGE
 from finetune.recipe.runs import FINISHED, RUNS_FOLDER, read_run_record
 from finetune.recipe.settings import AdapterSettings, TrainSettings
 from finetune.recipe.terminal import echo
@@ -209,11 +210,12 @@ def _rewards(incomplete: str) -> list[Item]:
 def complete_words(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Complete a command's ``RECIPE`` and ``section.key=value``."""
     words = tuple(context.params.get(parameter.name or "") or ())
-    stage = context.params.get("stage") or stage_of_verb(context.info_name or "")
+    own = stage_of_verb(context.info_name or "")
+    stage = context.params.get("stage") or (own if own in stage_names() else DEFAULT_STAGE)
     recipe = next((word for word in words if "=" not in word), None)
-    verb, slash, name = (recipe or "").partition("/")
-    if slash and stage_of_verb(verb) in stage_names():
-        stage, recipe = stage_of_verb(verb), name
+    verb, _, name = (recipe or "").partition("/")
+    if stage_of_verb(verb) in stage_names():
+        stage, recipe = stage_of_verb(verb), name or QUICKSTART
     items = complete_setting(stage, recipe, words, incomplete, adapter=context.params.get("adapter"))
     if recipe is not None:
         return items

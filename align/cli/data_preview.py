@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 
 import finetune.training
-from align.preference.rows.comparison_rows import PreferenceKind
+from align.preference.rows.comparison_rows import PREFERENCE_KINDS
 from align.preference.rows.dataset import to_completion_rows
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
@@ -26,6 +26,7 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_data
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
+from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
@@ -38,9 +39,6 @@ MAX_BARS = 12
 
 BAR_WIDTHS = (1, 2, 4, 5, 8)
 """Bar widths are one of these times a power of ten, for readable bin edges."""
-
-PREFERENCE_KINDS: dict[str, PreferenceKind] = {"dpo": "rankings", "reward": "rankings", "kto": "labels"}
-"""Kind of preference data that each stage reads."""
 
 PreviewData = dict[str, Any]
 
@@ -126,7 +124,7 @@ def _prepare_data(
     """Return report, tokenized rows and items of conversations, texts, prompts or comparisons.
 
     Raises:
-        UserError: invalid data, or a stage that converts its preferences to other rows.
+        UserError: invalid data.
     """
     settings, encoder = recipe.settings.data, text.encoder
     seed = recipe.settings.train.seed
@@ -138,18 +136,18 @@ def _prepare_data(
             _prompts_as_rows(prompts.train),
             BatchItems(sources, range(len(prompts.train) + 1)),
         )
-    if not isinstance(settings, PreferenceSettings):
-        dataset = prepare_data(settings, encoder, max_length=length, seed=seed)
+    stage = load_stage(recipe.stage)
+    if hasattr(stage, "prepare_rows") or not isinstance(settings, PreferenceSettings):
+        # Chain of hindsight trains on conversations that it makes of preferences.
+        dataset = (
+            stage.prepare_rows(recipe.settings, text)
+            if hasattr(stage, "prepare_rows")
+            else prepare_data(settings, encoder, max_length=length, seed=seed)
+        )
         return (
             dataset.report,
             dataset.train,
             BatchItems(dataset.train.source_ids, range(len(dataset.train) + 1)),
-        )
-    if recipe.stage not in PREFERENCE_KINDS:
-        actual = f"'{recipe.stage}' converts its preferences to conversations at run time"
-        repair = "`llm-align data --stage dpo` shows the preferences"
-        raise UserError(
-            Problem("--stage", actual, f"another stage, or one of {', '.join(PREFERENCE_KINDS)}", repair)
         )
     reward = dict(recipe.settings).get("reward")
     data = prepare_preferences(
@@ -157,7 +155,7 @@ def _prepare_data(
         encoder,
         max_length=length,
         seed=seed,
-        kind=PREFERENCE_KINDS[recipe.stage],
+        kind=PREFERENCE_KINDS.get(recipe.stage, "rankings"),
         use_margin=isinstance(reward, RewardSettings) and reward.margin_scale is not None,
     )
     firsts = np.cumsum([0, *data.train.num_completions]).tolist()

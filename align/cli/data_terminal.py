@@ -25,9 +25,8 @@ SOURCE_NAME_WIDTH = 32
 def print_header(recipe: Recipe, console: Console) -> None:
     """Print recipe, data and base, before the tokenizer is loaded."""
     data = recipe.settings.data
-    mixture_sources = [component.source for component in data.mix or []]
-    rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
-    sources = " + ".join(mixture_sources or rows)
+    names = [component.source for component in data.mix] if data.mix is not None else [data.source]
+    sources = " + ".join(map(str, names))
     title = f"[bold]{recipe.stage} {escape(recipe.name)}[/]  {escape(recipe.description)}"
     console.print(title, highlight=False, soft_wrap=True)
     line = f"data {sources}, template {data.template}, base {recipe.settings.model.base}"

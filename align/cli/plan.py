@@ -1,6 +1,5 @@
 """``llm-align plan``: memory, time and disk of a recipe in a second or two, without loading it."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,19 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from align.cli.arguments import STAGE_HELP, recipe_from_arguments, split_stage, stage_option
-from align.cli.completion import (
-    complete_adapter,
-    complete_base,
-    complete_file,
-    complete_gpu,
-    complete_parent,
-    complete_stage,
-    complete_strategy,
-    complete_words,
-)
+from align.cli.arguments import RecipeArguments, recipe_arguments
+from align.cli.completion import complete_gpu, complete_strategy
 from align.cli.exit_status import DOES_NOT_FIT
-from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.terminal import echo_json
 
@@ -28,7 +17,6 @@ if TYPE_CHECKING:
     from align.planner.alternatives import Alternative
     from align.planner.plan import Plan
 
-ADAPTER_HELP = "Adapter: a name of `llm-align list adapters`."
 GPU_HELP = "GPU to plan for: h100, a100-40g, rtx4090, ..., 24GB, or cpu; default: this machine."
 STRATEGY_HELP = "Sharding over processes: ddp, zero1, zero2, zero3, fsdp2."
 PLAN_EPILOG = """\b
@@ -36,35 +24,15 @@ Examples:
   llm-align plan                                       the bundled quickstart, on this machine
   llm-align plan alpaca --gpu rtx4090
   llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
-  llm-align plan hh --stage ppo --gpu a100-40g --fit
-  llm-align plan --compatibility --stage dpo           supported adapters, bases and strategies
+  llm-align plan ppo/hh --gpu a100-40g --fit
+  llm-align plan dpo --compatibility                   supported adapters, bases and strategies
 \b
 Exit status: 0 fits, 3 does not fit, 2 an error in the recipe or the command.
 """
 
 
 @click.command("plan", epilog=PLAN_EPILOG)
-@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words)
-@click.option(
-    "--stage",
-    default="sft",
-    show_default=True,
-    callback=stage_option,
-    shell_complete=complete_stage,
-    help=STAGE_HELP,
-)
-@click.option(
-    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
-)
-@click.option("--data", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder.")
-@click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
-@click.option(
-    "--from",
-    "start",
-    metavar="RUN",
-    shell_complete=complete_parent,
-    help="Parent run: run directory, name or prefix.",
-)
+@recipe_arguments()
 @click.option("--gpu", metavar="G", shell_complete=complete_gpu, help=GPU_HELP)
 @click.option(
     "--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: that of the recipe."
@@ -78,12 +46,7 @@ Exit status: 0 fits, 3 does not fit, 2 an error in the recipe or the command.
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
-    words: tuple[str, ...],
-    stage: str,
-    base: str | None,
-    data: str | None,
-    adapter: str | None,
-    start: str | None,
+    selected: RecipeArguments,
     gpu: str | None,
     gpus: int | None,
     strategy: str | None,
@@ -92,20 +55,13 @@ def plan(
     as_json: bool,
 ) -> None:
     """Estimate memory, steps, tokens, time and disk space of a recipe; needs no GPU and loads no model."""
-    stage, words = split_stage(stage, words)
     if compatibility:
         from align.planner.compatibility import show_compatibility
 
-        return show_compatibility(stage, gpu, as_json=as_json)
-    options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
-    keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
-    keys |= {"--from": "model.init_from"}
-    settings: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
-    settings |= {"train.strategy": strategy} if strategy is not None else {}
-    recipe = recipe_from_arguments(stage, words, settings)
-    arguments = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
-    arguments += [f"train.strategy={strategy}"] if strategy is not None else []
-    command = " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *arguments])
+        return show_compatibility(selected.resolve_stage()[0], gpu, as_json=as_json)
+    settings = {"train.strategy": strategy} if strategy is not None else {}
+    recipe = selected.load(settings=settings)
+    command = selected.command(*(f"{key}={value}" for key, value in settings.items()))
     if not _print_plan(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
         sys.exit(DOES_NOT_FIT)
 

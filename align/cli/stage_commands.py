@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from align.api import run, run_pipeline
-from align.cli.arguments import FROM_HELP, recipe_from_arguments, split_stage
-from align.cli.completion import (
-    complete_adapter,
-    complete_base,
-    complete_file,
-    complete_parent,
-    complete_pipeline,
-    complete_pipeline_words,
-    complete_reward,
-    complete_words,
-)
+from align.cli.arguments import RecipeArguments, recipe_arguments
+from align.cli.completion import complete_base, complete_pipeline, complete_pipeline_words
 from align.cli.exit_status import exit_on_stop
 from align.default_recipe import QUICKSTART
 from align.rl.rewards.settings import has_rewards_section
@@ -32,10 +23,8 @@ from finetune.training.run_directory import REPLACED
 if TYPE_CHECKING:
     from align.required_runs import PlannedRun
 
-ADAPTER_HELP = "Adapter (see `llm-align list adapters`)."
-DRY_RUN_HELP = "Validate recipe, data files, required runs and launch; print the settings and run nothing."
+DRY_RUN_HELP = "Validate recipe, rows, required runs and launch; print the settings and run nothing."
 REWARD_EXAMPLE = "reward.py:reward"
-REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 STAGE_EPILOG = """\b
 Examples:
@@ -73,49 +62,17 @@ def _stage_command(stage: str, package: str) -> click.Command:
     epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example, reward=reward)
 
     @click.command(verb_of(stage), help=plugin_summary(package, stage), epilog=epilog)
-    @click.argument(
-        "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
-    )
-    @click.option(
-        "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
-    )
-    @click.option("--data", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder.")
-    @click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
-    @click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
+    @recipe_arguments(stage=stage)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over even if the run exists.")
     @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
-    def command(
-        arguments: tuple[str, ...],
-        base: str | None,
-        data: str | None,
-        adapter: str | None,
-        init_from: str | None,
-        out: Path | None,
-        force: bool,
-        dry_run: bool,
-        reward: str | None = None,
-    ) -> None:
-        shortcuts = {
-            "model.base": base,
-            "data.source": data,
-            "adapter.method": adapter,
-            "model.init_from": init_from,
-            "rewards.sources": reward,
-        }
-        overrides = {key: value for key, value in shortcuts.items() if value is not None}
-        _, arguments = split_stage(stage, arguments)
-        recipe = recipe_from_arguments(stage, arguments, overrides, out)
+    def command(selected: RecipeArguments, out: Path | None, force: bool, dry_run: bool) -> None:
+        recipe = selected.load(out=out)
         if dry_run:
             _print_dry_run(recipe, force=force)
         else:
             _run_stage(recipe, force=force)
 
-    if has_rewards_section(stage):
-        # Before --out, --force and --dry-run: --help lists options in this order.
-        command.params.insert(
-            -3, click.Option(["--reward"], metavar="RUN", shell_complete=complete_reward, help=REWARD_HELP)
-        )
     return command
 
 
@@ -132,6 +89,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
     """Print the resolved settings and what the command would run, and where."""
     from align.cli.listing import print_recipe
+    from align.data_check import hub_sources
     from align.required_runs import plan_runs
     from finetune.recipe.console import Terminal
     from finetune.training import auto_values
@@ -152,6 +110,8 @@ def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
     processes = run.target.processes
     strategy, _ = auto_values.strategy(run.recipe.settings.train.strategy, processes)
     device = "the CPU" if run.target.device == "cpu" else "one GPU each" if processes > 1 else "a GPU"
+    for source in hub_sources(run.recipe.settings):
+        print_line("data", f"{source} is on the Hub; its rows were not read")
     print_line("launch", f"{processes} process{'es' if processes > 1 else ''}, {strategy}, on {device}")
     print_line("dry run", "valid; nothing was run or written")
 
@@ -198,10 +158,12 @@ def run_command(
 
     Finished stages are skipped; they are identified by settings and data. The same command resumes.
     """
-    from align.pipeline.plan import resolve_pipeline
+    from align.pipeline.plan import resolve_pipeline, row_problems
     from align.pipeline.report import print_pipeline, print_pipeline_result
 
     pipeline = resolve_pipeline(name, base=base, out=out, arguments=arguments)
+    if dry_run and (problems := row_problems(pipeline.entries, pipeline.recipes, dry_run=True)):
+        raise UserError(problems)
     print_pipeline(pipeline, notes=dry_run)
     if dry_run:
         return

@@ -1,15 +1,17 @@
 """Pipeline folder: pipeline.json, samples and report, written atomically under a file lock; its result."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from align.pipeline.plan import Pipeline
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.runs import ROWS_FOLDER
 from finetune.training.atomic_files import (
     LOCK_FILE,
     PARTIAL_NAME,
@@ -96,7 +98,8 @@ class PipelineDirectory:
                 entry.name: stages.get(entry.name, {"status": "waiting"}) for entry in pipeline.entries
             },
         }
-        self.write(RESOLVED_FILE, pipeline.to_yaml())
+        entries = [entry.with_stored_rows(self.path) for entry in pipeline.entries]
+        self.write(RESOLVED_FILE, replace(pipeline, entries=entries).to_yaml())
         self._save()
 
     def update(self, **fields: Any) -> None:
@@ -123,6 +126,7 @@ class PipelineDirectory:
             return
         for name in (RECORD_FILE, RESOLVED_FILE, LOCK_FILE):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / ROWS_FOLDER, ignore_errors=True)
         for folder in self.new_folders:
             if not any(folder.iterdir()):
                 folder.rmdir()
@@ -153,6 +157,7 @@ class PipelineDirectory:
         # A process that was killed at its start leaves these.
         known_files = {
             LOCK_FILE,
+            ROWS_FOLDER,
             RESOLVED_FILE,
             PARTIAL_NAME.format(RECORD_FILE),
             PARTIAL_NAME.format(RESOLVED_FILE),

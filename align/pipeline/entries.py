@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.discovery import find_recipe, stage_names, verb_of
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import SCORING_STAGES
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
 from finetune.recipe.renamed import renamed_stage
 from finetune.recipe.yaml_file import LineNumbers
+from finetune.training.stored_rows import copy_rows, row_sources, rows_file
 
 STAGE_NAME = re.compile(r"[A-Za-z][\w-]*")
 ORDER_REPAIR = "stages run in file order: move it above this one"
@@ -88,6 +90,27 @@ class StageEntry:
             raise UserError([self.with_stage_name(problem) for problem in error.problems]) from error
         return replace(recipe, origins={**recipe.origins, **dict(self._origins(recipe))})
 
+    def with_rows_of(self, recipe: Recipe | None) -> "StageEntry":
+        """Return the stage with the recipe's snapshots in place of rows that were given in Python."""
+        if recipe is None:
+            return self
+        rows = dict(row_sources(recipe.settings))
+        overrides = {
+            key: _with_rows(value, key, lambda key, value: rows.get(key, value))
+            for key, value in self.overrides.items()
+        }
+        return replace(self, overrides=overrides)
+
+    def with_stored_rows(self, folder: Path) -> "StageEntry":
+        """Write rows that were given in Python into a folder; return the stage with their files."""
+
+        def stored(key: str, value: Any) -> Any:
+            file = folder / rows_file(f"{self.name}.{key}")
+            return str(copy_rows(value, file)) if isinstance(value, PythonRows) else value
+
+        overrides = {key: _with_rows(value, key, stored) for key, value in self.overrides.items()}
+        return replace(self, overrides=overrides)
+
     def with_stage_name(self, problem: Problem) -> Problem:
         """Prefix a problem with the stage's name, and replace its origin by the pipeline's line."""
         where = problem.where
@@ -130,6 +153,16 @@ class StageEntry:
                 yield key, origin
 
 
+def _with_rows(value: Any, key: str, replaced: Callable[[str, Any], Any]) -> Any:
+    """Return an override with another value for each source of rows in it."""
+    value = replaced(key, value)
+    if isinstance(value, list):
+        return [_with_rows(item, f"{key}[{index}]", replaced) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {name: _with_rows(item, f"{key}.{name}", replaced) for name, item in value.items()}
+    return value
+
+
 def _reward_source(name: str, run: str, *, is_only_reward: bool) -> dict[str, str]:
     """Return an entry of `rewards.sources`; a single reward keeps its default name."""
     return {"run": run} if is_only_reward else {"run": run, "name": name}
@@ -138,7 +171,7 @@ def _reward_source(name: str, run: str, *, is_only_reward: bool) -> dict[str, st
 def _cli_value(value: Any) -> str:
     """Return a value as a command-line argument, which is parsed as YAML."""
     needs_no_quotes = isinstance(value, str) and yaml_file.parse_scalar(value) == value
-    return str(value) if needs_no_quotes else json.dumps(value, ensure_ascii=False)
+    return str(value) if needs_no_quotes else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def parse_entries(

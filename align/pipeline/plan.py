@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.data_check import data_problems
 from align.default_recipe import EMBEDDED_BASE
 from align.pipeline.entries import BASE_KEY, StageEntry, parse_entries
 from align.pipeline.file import find_pipeline, read_pipeline
@@ -19,6 +20,9 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
+
+REFERENCED_SECTIONS = ("model", "adapter", "rewards")
+"""Sections whose values come from the stages that `from` and `reward` name."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,18 @@ def resolve_pipeline(
     )
     entries = [_with_base(entry, base) for entry in entries]
     recipes, recipe_problems = _load_recipes(entries)
+    # A generator is read once: the stages are loaded again before they run.
+    entries = [entry.with_rows_of(recipes.get(entry.name)) for entry in entries]
     problems += [*entry_problems, *recipe_problems]
     if not problems:
         # Needs every recipe, so it waits until all are loaded.
         problems += _base_mismatches(entries, recipes)
-    digest, data_problems = _pipeline_digest(entries, recipes)
-    if problems or data_problems:
-        raise UserError([*problems, *data_problems])
+    digest, unreadable = _pipeline_digest(entries, recipes)
+    if problems and not unreadable:
+        # All at once: the rows of the valid stages too.
+        unreadable = row_problems(entries, recipes, dry_run=True)
+    if problems or unreadable:
+        raise UserError([*problems, *unreadable])
     description = " ".join(file_settings.description.split())
     return Pipeline(path.stem, description, entries, recipes, digest, notes, out)
 
@@ -135,8 +144,37 @@ def _load_recipes(entries: Sequence[StageEntry]) -> tuple[dict[str, Recipe], lis
         try:
             recipes[entry.name] = entry.load(init_from=init_from, rewards=rewards, pending=recipes)
         except UserError as error:
-            problems += error.problems
+            is_complete = init_from == entry.init_from and len(rewards) == len(entry.rewards)
+            problems += [
+                problem for problem in error.problems if is_complete or not _may_follow(problem, entry)
+            ]
     return recipes, problems
+
+
+def _may_follow(problem: Problem, entry: StageEntry) -> bool:
+    """Return True for a problem that a stage may have only because it was loaded without a reference."""
+    key = problem.where.removeprefix(f"stage {entry.name}: ").partition(" ")[0].strip("'")
+    # What the stage would inherit. Its own overrides are judged; those of an adapter depend on the parent's.
+    is_own = key in entry.overrides and not key.startswith("adapter.")
+    return key.partition(".")[0] in REFERENCED_SECTIONS and not is_own
+
+
+def row_problems(
+    entries: Sequence[StageEntry], recipes: Mapping[str, Recipe], *, dry_run: bool = False
+) -> list[Problem]:
+    """Read the rows of all stages as their runs do, and return the problems, each with its stage's name.
+
+    Args:
+        entries: the stages whose rows are read.
+        recipes: the recipe of each stage; stages without one are skipped.
+        dry_run: read no more than the first rows of large files, and nothing of the Hub.
+    """
+    return [
+        entry.with_stage_name(problem)
+        for entry in entries
+        if entry.name in recipes
+        for problem in data_problems(recipes[entry.name], dry_run=dry_run)
+    ]
 
 
 def _base_mismatches(entries: Sequence[StageEntry], recipes: Mapping[str, Recipe]) -> list[Problem]:

@@ -15,12 +15,13 @@ from rich.markup import escape
 
 from align.pipeline.directory import REPORT_FILE, PipelineDirectory, PipelineResult, utc_now
 from align.pipeline.entries import StageEntry
-from align.pipeline.plan import Pipeline
+from align.pipeline.plan import Pipeline, row_problems
 from align.required_runs import resolve_required_runs
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import FINISHED
 from finetune.training.launch import launch_stage
 from finetune.training.run_directory import Result
 
@@ -39,12 +40,13 @@ def run_all_stages(
         command: command line for pipeline.json.
 
     Raises:
-        UserError: invalid settings or data; nothing is written if the first stage is rejected.
+        UserError: invalid settings or rows of any stage; nothing is written. Later, an error of a stage.
         Interrupted: stopped by a signal; the same call resumes.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
     _check_no_launcher(pipeline)
     folder = PipelineDirectory(pipeline)
+    _check_rows(pipeline, folder, force=force)
     with folder.locked(), _sigterm_as_interrupt():
         recorded_stages = dict(folder.record.get("stages", {})) if _is_complete(folder) else {}
         folder.write_initial_record(pipeline, command)
@@ -59,6 +61,14 @@ def run_all_stages(
             _write_comparison(pipeline, folder, results, console)
         folder.update(status="finished", finished=folder.record.get("finished") or utc_now())
     return PipelineResult(folder.path, folder.record, results, folder.samples())
+
+
+def _check_rows(pipeline: Pipeline, folder: PipelineDirectory, *, force: bool) -> None:
+    """Raise UserError if rows of any stage cannot be used; those of finished stages are not read again."""
+    stages = {} if force else folder.record.get("stages", {})
+    entries = [entry for entry in pipeline.entries if stages.get(entry.name, {}).get("status") != FINISHED]
+    if problems := row_problems(entries, pipeline.recipes):
+        raise UserError(problems)
 
 
 def _check_no_launcher(pipeline: Pipeline) -> None:

@@ -16,6 +16,7 @@ from finetune.data.files import source_files
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import PROJECT, local_path
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings, ModelSettings
 
 DATA_SETS = PROJECT / "recipes" / "data_sets.yaml"
@@ -131,10 +132,11 @@ def measure_lengths(
 
 
 def _local_bytes(data: DataSettings) -> int | None:
-    """Return the bytes of the data's files, 0 for rows given in Python; None if some are on the hub."""
+    """Return the bytes of the data's files and of rows given in Python; None if some are on the Hub."""
     total = 0
     for source in _sources(data):
-        if isinstance(source, list):
+        if isinstance(source, PythonRows):
+            total += source.num_bytes
             continue
         path = local_path(source)
         if path is None:
@@ -265,8 +267,9 @@ def _lengths_by_file_size(data: DataSettings, size: int, max_length: int, comple
 
 
 def _count_rows(data: DataSettings) -> int | None:
-    """Return the number of rows of JSON Lines files; None for other formats."""
-    paths = [local_path(source) for source in _sources(data)]
+    """Return the number of rows of JSON Lines files and of rows given in Python; None for other formats."""
+    in_python = [source.num_rows for source in _sources(data) if isinstance(source, PythonRows)]
+    paths = [local_path(source) for source in _sources(data) if isinstance(source, str)]
     files = [
         file
         for path in paths
@@ -275,7 +278,7 @@ def _count_rows(data: DataSettings) -> int | None:
     ]
     if not all(file.name.endswith(".jsonl") for file in files):
         return None
-    return sum(_count_lines(file) for file in files)
+    return sum(in_python) + sum(_count_lines(file) for file in files)
 
 
 def _count_lines(file: Path) -> int:
@@ -326,7 +329,7 @@ def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
     held_out = data.held_out
     return (
         rows
-        if isinstance(held_out, str)
+        if isinstance(held_out, str | PythonRows)
         else rows - (held_out if isinstance(held_out, int) else round(held_out * rows))
     )
 

@@ -1,6 +1,6 @@
 """Recipe of stage ppo: PPO hyperparameters, PPO-ptx, early stopping."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,9 +8,9 @@ from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.settings import (
     Fraction,
-    NonEmptyStr,
     NonNegativeFloat,
     PositiveInt,
+    RowSource,
     Section,
     StageSettings,
 )
@@ -87,10 +87,12 @@ class PPOSettings(Section):
 class PretrainingSettings(Section):
     """PPO-ptx: pretraining loss added to the PPO loss (InstructGPT, arXiv 2203.02155, equation 2)."""
 
+    ROW_SOURCES: ClassVar[tuple[str, ...]] = ("source",)
+
     weight: NonNegativeFloat = Field(
         0.0, description="gamma: weight of the loss, which is a mean over labels (InstructGPT: 27.8); 0: off"
     )
-    source: NonEmptyStr | None = Field(
+    source: RowSource | None = Field(
         None, description="conversations in any layout of stage sft, or plain text (column text)"
     )
     batch_size: PositiveInt = Field(8, description="pretraining rows per optimizer step")

@@ -20,6 +20,7 @@ from finetune.data.readers import SourceRow
 from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_rows import from_python
 
 COLUMNS_REPAIR = "rename the columns: prompt and completion, or prompt, chosen and rejected"
 LENGTH_BASELINE = "length"
@@ -66,17 +67,17 @@ class ScoredRow:
         return "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
 
 
-def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[ScoredRow]:
+def score_file(model: RewardModel, source: Any) -> list[ScoredRow]:
     """Score the completions of every row of a file.
 
     Args:
         model: the reward model.
-        source: file, folder, Hub id, or rows.
+        source: file, folder, Hub id, or a table of rows.
 
     Raises:
         UserError: unknown layout of the rows, or the template cannot render them.
     """
-    rows = read_source(source)
+    rows = read_source(from_python(source))
     where = source if isinstance(source, str) else "rows"
     layout = match_layout(
         list(rows[0].columns), SCORABLE_LAYOUTS, columns=None, where=where, repair=COLUMNS_REPAIR

@@ -8,6 +8,7 @@ from pydantic import Field
 from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, PreferenceSettings
 from finetune.recipe.compatibility import Condition, Rule, is_set
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
 from finetune.recipe.user_function import file_digest, load_user_function, signature_problems
 
@@ -105,7 +106,7 @@ def _check_heads(settings: Settings) -> Iterator[Problem]:
     if idle := [name for name in names if name not in {source.head for source in sources}]:
         actual = f"no data source for {', '.join(idle)}"
         yield Problem("reward.heads", actual, "a source in data.mix for every head", "set `head` on a source")
-    if isinstance(settings.data.held_out, str):
+    if isinstance(settings.data.held_out, str | PythonRows):
         actual = "a file, whose rows have no head"
         yield Problem(
             "data.held_out", actual, "a number of rows (100) or a fraction (0.1), taken from every source"

@@ -89,7 +89,16 @@ def build(ctx: RunContext[Settings]) -> Method:
 
 
 def load_chains(ctx: RunContext[Settings], text: TextEncoding) -> PreparedData:
-    """Read a recipe's preferences, tokenize them as chains of hindsight, and log the data report.
+    """Read and tokenize a recipe's rows, and log the data report; raises as ``prepare_rows`` does."""
+    with ctx.timed("data"):
+        data = prepare_rows(ctx.settings, text)
+    for line in data.report.lines():
+        ctx.log(line)
+    return data
+
+
+def prepare_rows(settings: Settings, text: TextEncoding) -> PreparedData:
+    """Read a recipe's preferences and tokenize them as chains of hindsight.
 
     Raises:
         UserError: mistakes in the data, with file, line and field.
@@ -98,15 +107,10 @@ def load_chains(ctx: RunContext[Settings], text: TextEncoding) -> PreparedData:
     from finetune.data.dataset import Conversations, to_prepared_data
     from finetune.data.pipeline import prepare
 
-    settings, seed = ctx.settings.data, ctx.settings.train.seed
-    controls = ctx.settings.chain_of_hindsight.good, ctx.settings.chain_of_hindsight.bad
-    chains = Conversations.of(settings, text.encoder, text.max_length)
-    with ctx.timed("data"):
-        kind = Chains(ComparisonRows(settings), chains, *controls, seed)
-        data = to_prepared_data(prepare(kind, settings, seed=seed))
-    for line in data.report.lines():
-        ctx.log(line)
-    return data
+    seed, controls = settings.train.seed, settings.chain_of_hindsight
+    chains = Conversations.of(settings.data, text.encoder, text.max_length)
+    kind = Chains(ComparisonRows(settings.data), chains, controls.good, controls.bad, seed)
+    return to_prepared_data(prepare(kind, settings.data, seed=seed))
 
 
 @dataclass(frozen=True)

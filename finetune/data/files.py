@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 from finetune.recipe.discovery import DATA_SUFFIXES, TEXT_SUFFIXES, local_path
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings, TextFormat
 
-Source = str | list[dict[str, Any]]
-"""Hub id, file, folder, or the rows themselves."""
+Source = str | PythonRows
+"""Hub id, file, folder, or rows given in Python."""
 
 Note = Callable[[str], None]
 """Receives a line for the data report."""
@@ -131,7 +132,7 @@ def data_fingerprint(settings: DataSettings) -> str:
         source_fingerprint(entry.source, entry.revision, entry.split or split, text_format=text_format)
         for entry in settings.mix or []
     ]
-    if isinstance(settings.held_out, str):
+    if isinstance(settings.held_out, Source):
         digests.append(source_fingerprint(settings.held_out, None, split, text_format=text_format))
     return _digest_json(digests)
 
@@ -144,7 +145,10 @@ def source_fingerprint(
     text_format: TextFormat | None = None,
 ) -> str:
     """Return a digest of a source without parsing it: content of local files, name of Hub datasets."""
-    if not isinstance(source, str) or (path := local_path(source)) is None:
+    if isinstance(source, PythonRows):
+        # The digest of the file that the run directory gets.
+        return hashlib.sha256(bytes.fromhex(source.sha256)).hexdigest()
+    if source is None or (path := local_path(source)) is None:
         return _digest_json([source, revision])
     digest = hashlib.sha256()
     # Contents only: renaming or moving the files does not change a run's name.
@@ -187,8 +191,7 @@ def saved_dataset_files(path: Path, split: str) -> list[Path]:
 
 
 def _digest_json(content: Any) -> str:
-    # default=str: rows given in Python may hold values that JSON lacks, such as dates.
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def open_text(path: Path, note: Note = ignore) -> io.TextIOWrapper:

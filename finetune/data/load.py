@@ -6,7 +6,7 @@ streams, and rows are stored outside of Python's memory.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from math import isfinite
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_templates.segments import Message
 from finetune.data.columns import UnusedColumns
 from finetune.data.fields import RowError
+from finetune.data.files import Source
 from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT, Layout
 from finetune.data.mixture import MixtureComponent, mix_components, sample_row_ids
 from finetune.data.readers import SourceRow
@@ -36,10 +37,13 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """Specification of one source: where its rows are and which are used; ``key`` is the recipe key."""
+    """Specification of one source: where its rows are and which are used; ``key`` is the recipe key.
+
+    With ``first_rows``, no more rows than these are read: to check them, and not to train on them.
+    """
 
     key: str
-    source: str | list[dict[str, Any]]
+    source: Source
     split: str
     revision: str | None
     columns: dict[str, str] | None
@@ -48,6 +52,7 @@ class SourceSpec:
     layouts: tuple[Layout[list[Message]], ...] = CONVERSATION_LAYOUTS
     text_format: TextFormat | None = None
     ignore_columns: tuple[str, ...] = ()
+    first_rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -99,14 +104,13 @@ def load_rows(
     if settings.mix is not None:
         train_ids, held_out_ids = mix_components(components, settings, seed=seed, report=report)
         train, held_out = rows.take(train_ids), rows.take(held_out_ids)
-    elif isinstance(settings.held_out, str):
+    elif isinstance(settings.held_out, Source):
         train, held_out = rows, rows[:0]
     else:
         train_ids, held_out_ids = kind.split(rows, settings.held_out, seed)
         train, held_out = rows.take(train_ids), rows.take(held_out_ids)
-    if isinstance(settings.held_out, str):
-        spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        held_out = kind.load(_with_shared_settings(spec, settings), 0, seed, held_out_report).rows
+    if (spec := held_out_spec(settings)) is not None:
+        held_out = kind.load(spec, 0, seed, held_out_report).rows
     count_duplicates(rows, report)
     count_leaked(held_out, train, held_out_report)
     kind.count_relations(rows, (train, held_out), (report, held_out_report))
@@ -122,6 +126,14 @@ def source_specs(settings: DataSettings) -> list[SourceSpec]:
     else:
         specs = [_mixture_spec(index, entry, settings.split) for index, entry in enumerate(settings.mix)]
     return [_with_shared_settings(spec, settings) for spec in specs]
+
+
+def held_out_spec(settings: DataSettings) -> SourceSpec | None:
+    """Return the spec of a data section's held-out rows if they are a source of their own."""
+    if not isinstance(settings.held_out, Source):
+        return None
+    spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
+    return _with_shared_settings(spec, settings)
 
 
 def _with_shared_settings(spec: SourceSpec, settings: DataSettings) -> SourceSpec:
@@ -180,8 +192,10 @@ def open_source(
         revision=spec.revision,
         row_selector=None if max_rows is None else sample_rows,
         text_format=spec.text_format,
+        key=spec.key,
         note=report.notes.append,
     )
+    rows = islice(rows, spec.first_rows)
     first = next(rows)
     layout = match([name for name in first.columns if name not in spec.ignore_columns])
     column = spec.select.score if spec.select else None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import Rows, RowT
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings
 
 ROUNDING = 1e-9
@@ -89,7 +90,7 @@ def _held_out_counts(
 ) -> list[int]:
     """Return the number of held-out rows per source; a fraction is of the longest mixture without repeats."""
     num_held_out = settings.held_out
-    if isinstance(num_held_out, str) or not num_held_out:
+    if isinstance(num_held_out, str | PythonRows) or not num_held_out:
         return [0] * len(components)
     sizes = [len(component.rows) for component in components]
     if isinstance(num_held_out, float):

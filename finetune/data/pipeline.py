@@ -7,7 +7,6 @@ reads no row.
 
 import hashlib
 import json
-import pickle
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import Rows, RowT, TextBuilder, TextColumn, message_values
 from finetune.data.sources import hub_fingerprint
 from finetune.recipe.discovery import local_path
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings
 
 MAX_TRAIN_SAMPLES = 64
@@ -222,10 +222,10 @@ def _encode(
 def _cache_key(kind: TokenizedKind[Any], settings: DataSettings, seed: int) -> str:
     sources = [(settings.source, settings.revision, settings.split)]
     sources += [(entry.source, entry.revision, entry.split or settings.split) for entry in settings.mix or []]
-    if isinstance(settings.held_out, str):
+    if isinstance(settings.held_out, Source):
         sources.append((settings.held_out, None, settings.split))
-    # Rows given in Python are in the sources' digests, and may hold what JSON cannot. How rows are laid out
-    # after tokenization is not in the key, and the length is in the kind's: documents have no limit here.
+    # The rows are in the sources' digests. How they are laid out after tokenization is not in the key, and
+    # the length is in the kind's: documents have no limit here.
     section = settings.model_copy(update={"source": None, "mix": None}).model_dump(
         mode="json", exclude={"cache", "packing", "max_length"}
     )
@@ -244,7 +244,7 @@ def _cache_key(kind: TokenizedKind[Any], settings: DataSettings, seed: int) -> s
 
 
 def _depends_on_seed(settings: DataSettings) -> bool:
-    holds_out_at_random = bool(settings.held_out) and not isinstance(settings.held_out, str)
+    holds_out_at_random = bool(settings.held_out) and not isinstance(settings.held_out, Source)
     return settings.mix is not None or settings.select is not None or holds_out_at_random
 
 
@@ -252,8 +252,8 @@ def _source_state(source: Source | None, revision: str | None, split: str, setti
     """Return the names of a source's files, which its locations have, or the digest of rows without files."""
     if source is None:
         return None
-    if isinstance(source, list):
-        return hashlib.sha256(pickle.dumps(source)).hexdigest()
+    if isinstance(source, PythonRows):
+        return source.sha256
     path = local_path(source)
     if path is None:
         return [source, hub_fingerprint(source, split, revision)]

@@ -1,4 +1,4 @@
-"""Stream rows with their locations from a Hub dataset, JSON, CSV, Parquet or text files, a folder or a list.
+"""Stream rows with their locations from a Hub dataset, files, a folder, or rows given in Python.
 
 No heavy imports: the planner reads rows without torch.
 """
@@ -18,9 +18,10 @@ from finetune.data.files import (
     is_saved_dataset,
     saved_dataset_files,
 )
-from finetune.data.readers import SourceRow, check_object, iter_file
+from finetune.data.readers import SourceRow, iter_file
 from finetune.recipe.discovery import local_path, looks_local
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_rows import PythonRows, row_location
 from finetune.recipe.settings import TextFormat
 
 if TYPE_CHECKING:
@@ -42,17 +43,20 @@ def iter_source(
     revision: str | None = None,
     row_selector: RowSelector | None = None,
     text_format: TextFormat | None = None,
+    key: str = "data.source",
     note: Note = ignore,
 ) -> Iterator[SourceRow]:
     """Yield the rows of a source, reading files as streams.
 
     Args:
         source: Hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .ndjson .csv .tsv
-            .parquet``, ``.gz`` and ``.zst`` too), folder of such files or of a saved dataset, or rows.
+            .parquet``, ``.gz`` and ``.zst`` too), folder of such files or of a saved dataset, or Python's
+            rows.
         split: split of a Hub dataset, or of a folder whose file names say their split.
         revision: revision of a Hub dataset.
         row_selector: selects the rows to yield; None yields all. Of a Hub dataset only these are read, files
             are read twice.
+        key: recipe key of the source, for the locations of rows given in Python.
         text_format: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None refuses them.
         note: receives what was detected in files, such as a separator or an encoding.
 
@@ -65,26 +69,26 @@ def iter_source(
     elif path is not None and is_saved_dataset(path):
         rows = _iter_table(_load_saved_dataset(path, split), str(path), row_selector)
     else:
-        rows = _iter_local(source, split, text_format, note)
+        rows = _iter_local(source, split, text_format, key, note)
         if row_selector is not None:
             # Counted before selecting; the rows are not kept, as a large file would not fit into memory.
             row_ids = row_selector(sum(1 for _ in rows))
-            rows = _at_indices(_iter_local(source, split, text_format, ignore), row_ids)
+            rows = _at_indices(_iter_local(source, split, text_format, key, ignore), row_ids)
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
-        where = source if isinstance(source, str) else "data.source"
+        where = source if isinstance(source, str) else key
         raise UserError(Problem(where, "no rows", "at least one row"))
 
 
 def _iter_local(
-    source: Source, split: str, text_format: TextFormat | None, note: Note
+    source: Source, split: str, text_format: TextFormat | None, key: str, note: Note
 ) -> Iterator[SourceRow]:
-    if isinstance(source, list):
-        for index, entry in enumerate(source, 1):
-            yield SourceRow(check_object(entry, f"row {index}"), f"row {index}")
+    if isinstance(source, PythonRows):
+        for number, columns in enumerate(source, 1):
+            yield SourceRow(columns, row_location(key, number))
         return
     path = local_path(source)
     assert path is not None

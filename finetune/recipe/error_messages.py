@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.recipe import yaml_file
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.python_rows import RowsError
 from finetune.recipe.renamed import renamed_key, renamed_value
 
 Schema = dict[str, Any]
@@ -22,7 +23,9 @@ def validation_problems(section: str, error: ValidationError, *, model: type[Bas
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         where, schema = _resolve_location(section, detail["loc"], root=root)
-        if where not in problems:
+        if isinstance(rows_error := detail.get("ctx", {}).get("error"), RowsError):
+            problems[where] = rows_error.problem(where)
+        elif where not in problems:
             problems[where] = _to_problem(where, detail, schema=schema, root=root)
     # A value of the wrong type is one mistake, and not one more for each key inside it.
     return [problem for where, problem in problems.items() if not _inside_another(where, problems)]

@@ -5,6 +5,7 @@ from math import fsum
 
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import MixedSource, SelectSettings, StageSettings
 
 SIZE_RATE_KEYS = ("mix_size_cap", "mix_temperature")
@@ -23,7 +24,9 @@ def _check_mixture(settings: StageSettings) -> Iterator[Problem]:
             yield Problem(f"data.{key}", "set without data.mix", "a mixture of sources", repair)
         return
     for key in filter(given.__contains__, PER_SOURCE_KEYS):
-        if key != "columns" or not isinstance(data.held_out, str):  # a held-out file may need its own
+        if key != "columns" or not isinstance(
+            data.held_out, str | PythonRows
+        ):  # a held-out file may need its own
             repair = f"data.mix=[{{source: ..., {key}: ...}}]"
             yield Problem(
                 f"data.{key}", "set together with data.mix", "the key in the entries of data.mix", repair

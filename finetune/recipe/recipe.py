@@ -30,11 +30,15 @@ from finetune.recipe.parent_run import (
     parent_from_recipe,
     parent_from_run,
 )
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.renamed import renamed_section, renamed_stage, section_problem
 from finetune.recipe.rules import cross_field_problems
+from finetune.recipe.runs import ROWS_FOLDER, is_stored_rows, read_run_record, run_of_recipe
 from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 
 DEFAULT_ORIGIN = "default"
+ROWS_MARK = "rows"
+"""Stands for rows that were given in Python in the digest of a recipe: the fingerprint has their contents."""
 SettingsT = TypeVar("SettingsT", bound=StageSettings, default=StageSettings, covariant=True)
 """The settings of a stage; a bare ``Recipe`` is a recipe of any stage."""
 
@@ -50,20 +54,18 @@ class Recipe(Generic[SettingsT]):
     origins: Origins
     out: Path | None = None
     notes: list[str] = field(default_factory=list)
+    run: Path | None = None
+    """The run whose recipe.yaml this is."""
 
     def values(self) -> SectionValues:
-        """Return all settings as plain sections; rows passed from Python are summarized by a digest."""
-        content = self.settings.model_dump(mode="json")
-        rows = content["data"]["source"]
-        if isinstance(rows, list):
-            content["data"]["source"] = f"<{len(rows)} rows given in Python, {_values_digest(rows)[:16]}>"
-        return content
+        """Return all settings as plain sections; rows given in Python are summarized by a digest."""
+        return self.settings.model_dump(mode="json")
 
     def digest(self, data_fingerprint: str) -> str:
         """Return the 8 hex digits of the run's name: same settings and same data, same name.
 
         Args:
-            data_fingerprint: digest of the contents of the data, of the parent run and of other runs used;
+            data_fingerprint: digest of the contents of all rows, of the parent run and of other runs used;
                 their paths and names are not part of it.
         """
         content = self.values()
@@ -113,6 +115,9 @@ def read_recipe(
     schema = stage_settings(stage)
     path = find_recipe(stage, name)
     content, lines = yaml_file.read_yaml(path)
+    run = run_of_recipe(path)
+    if run is not None:
+        content = _with_run_files(content, run)
     origins = {".".join(key): f"{path.name}:{line}" for key, line in lines.items()}
     values, problems = _split_sections(content, schema, stage=stage, path=path)
     overridden, override_problems = command_line.parse_overrides(shortcuts or {}, overrides, schema=schema)
@@ -127,9 +132,19 @@ def read_recipe(
     if problems or override_problems:
         raise UserError([*(problem.with_origin(origins) for problem in problems), *override_problems])
     description = " ".join(str(content.get("description") or "").split())
-    return Recipe(
-        stage, path.stem, description, settings, _all_origins(settings, origins), out, notes + parent_notes
-    )
+    name = str(read_run_record(run)["recipe"]) if run is not None else path.stem
+    all_origins = _all_origins(settings, origins)
+    return Recipe(stage, name, description, settings, all_origins, out, notes + parent_notes, run)
+
+
+def _with_run_files(content: Any, run: Path) -> Any:
+    """Return a run's recipe with the paths of its own rows, which it names relative to its folder."""
+    if isinstance(content, dict):
+        return {key: _with_run_files(value, run) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_run_files(value, run) for value in content]
+    is_rows = isinstance(content, str) and content.startswith(f"{ROWS_FOLDER}/")
+    return str(run / content) if is_rows and (run / content).is_file() else content
 
 
 def stage_settings(stage: str) -> type[StageSettings]:
@@ -273,7 +288,7 @@ def _adapter_schema(section: dict[str, Any]) -> type[AdapterSettings]:
 
 
 def _drop_undigested(settings: Section, content: dict[str, Any]) -> None:
-    """Remove the keys that do not affect the run's name from a section and its nested sections."""
+    """Remove what does not affect the run's name from a section and its nested sections."""
     for key, value in settings:
         if isinstance(value, Section):
             _drop_undigested(value, content[key])
@@ -281,8 +296,15 @@ def _drop_undigested(settings: Section, content: dict[str, Any]) -> None:
             for index, item in enumerate(value):
                 if isinstance(item, Section):
                     _drop_undigested(item, content[key][index])
+        elif key in settings.ROW_SOURCES and is_given_rows(value):
+            content[key] = ROWS_MARK
     for key in settings.NOT_IN_DIGEST:
         content.pop(key)
+
+
+def is_given_rows(source: Any) -> bool:
+    """Return True for rows that were given in Python, also when they are read from the run's copy."""
+    return isinstance(source, PythonRows) or (isinstance(source, str) and is_stored_rows(Path(source)))
 
 
 def _values_digest(content: Any) -> str:

@@ -20,6 +20,7 @@ from finetune.recipe.discovery import (
 )
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.mixture_rules import MIXTURE_RULES
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
 from finetune.recipe.user_function import function_file
@@ -147,7 +148,7 @@ def _check_sources(settings: StageSettings) -> Iterator[Problem]:
         yield Problem(
             "data.mix", "set together with data.source", "one of the two", "list the source in data.mix"
         )
-    if isinstance(data.source, str):
+    if data.source is not None:
         yield from _check_file_exists("data.source", data.source)
     for index, source in enumerate(data.mix or []):
         yield from _check_file_exists(f"data.mix[{index}].source", source.source)
@@ -156,10 +157,9 @@ def _check_sources(settings: StageSettings) -> Iterator[Problem]:
 def _check_held_out(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
     held_out = data.held_out
-    if isinstance(held_out, str):
-        yield from _check_file_exists(
-            "data.held_out", held_out, expected="rows (100), a fraction (0.1), or an existing file or Hub id"
-        )
+    if isinstance(held_out, str | PythonRows):
+        expected = "rows (100), a fraction (0.1), or an existing file or Hub id"
+        yield from _check_file_exists("data.held_out", held_out, expected=expected)
         mixture_sources = [
             (f"data.mix[{index}].source", entry.source) for index, entry in enumerate(data.mix or [])
         ]
@@ -200,12 +200,15 @@ def _check_graders(settings: StageSettings) -> Iterator[Problem]:
 
 
 def _check_file_exists(
-    where: str, text: str, *, expected: str = "an existing file or folder, or a Hub id (owner/name)"
+    where: str,
+    source: str | PythonRows,
+    *,
+    expected: str = "an existing file or folder, or a Hub id (owner/name)",
 ) -> Iterator[Problem]:
     # What may be a Hub id is not checked: that needs the network.
-    if looks_local(text) and local_path(text) is None:
+    if isinstance(source, str) and looks_local(source) and local_path(source) is None:
         yield Problem(
-            where, f"'{text}' does not exist", expected, f"relative paths are resolved from {Path.cwd()}"
+            where, f"'{source}' does not exist", expected, f"relative paths are resolved from {Path.cwd()}"
         )
 
 

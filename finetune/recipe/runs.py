@@ -8,6 +8,9 @@ from typing import Any
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 RUNS_FOLDER = Path("runs")
+ROWS_FOLDER = "rows"
+"""Folder of a run with the rows that were given in Python, one file per recipe key."""
+RECIPE_FILE = "recipe.yaml"
 FINISHED = "finished"
 FORMAT = 2
 """Format of run.json and of checkpoints: incremented when a stored name changes."""
@@ -33,6 +36,18 @@ def read_run_record(path: Path) -> dict[str, Any]:
         actual = "not written by llm-align"
         raise UserError(Problem(str(file), actual, "the JSON record of a run", "choose another --out"))
     return record
+
+
+def run_of_recipe(path: Path) -> Path | None:
+    """Return the run directory that a recipe file is the resolved recipe of, None for any other file."""
+    is_resolved = path.name == RECIPE_FILE and (path.parent / "run.json").is_file()
+    return path.parent if is_resolved and read_run_record(path.parent) else None
+
+
+def is_stored_rows(file: Path) -> bool:
+    """Return True for a run's or a pipeline's own copy of rows that were given in Python."""
+    records = (file.parent.parent / name for name in ("run.json", "pipeline.json"))
+    return file.parent.name == ROWS_FOLDER and any(record.is_file() for record in records)
 
 
 def is_outdated(record: Mapping[str, Any]) -> bool:

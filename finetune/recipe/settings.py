@@ -1,15 +1,21 @@
 """Pydantic schema of the recipe sections shared by all stages; adapters and stages declare their own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from finetune.recipe.python_rows import PythonRows, from_python, pick_split
+from finetune.recipe.python_tables import has_splits
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+RowSource = Annotated[NonEmptyStr | PythonRows, BeforeValidator(from_python)]
+"""Rows: a Hub id, a file or a folder; in Python also a table, of which a snapshot is taken."""
 
 
 class Section(BaseModel):
@@ -24,6 +30,8 @@ class Section(BaseModel):
     """Keys whose value is a name, or a mapping of ``name`` and its own settings (``dpo.loss.beta=0.2``)."""
     NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ()
     """Keys that are not part of a run's name: the path of another run, the number of processes."""
+    ROW_SOURCES: ClassVar[tuple[str, ...]] = ()
+    """Keys that name rows (``RowSource``)."""
 
     def input_digests(self) -> list[str]:
         """Return digests of other inputs than data and parent run: user functions, other runs.
@@ -104,7 +112,9 @@ class TextFormat:
 class MixedSource(Section):
     """One source of a mixture."""
 
-    source: NonEmptyStr = Field(description="Hub id, file or folder")
+    ROW_SOURCES: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: RowSource = Field(description="Hub id, file or folder; in Python also a table")
     columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     rows: PositiveInt | None = Field(None, description="maximum number of rows, sampled with the seed")
     select: SelectSettings | None = Field(None, description="filters for these rows")
@@ -122,10 +132,12 @@ class MixedSource(Section):
 class DataSettings(Section):
     """Training data: sources, template, held-out split, maximum length and loss mask."""
 
-    source: NonEmptyStr | list[dict[str, Any]] | None = Field(
+    ROW_SOURCES: ClassVar[tuple[str, ...]] = ("source", "held_out")
+
+    source: RowSource | None = Field(
         None,
         description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet and others; "
-        ".gz, .zst too) or folder; in Python also a list of rows",
+        ".gz, .zst too) or folder; in Python also a list of rows, a data frame or a dataset",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of `source`"
@@ -160,9 +172,9 @@ class DataSettings(Section):
     reasoning: Literal["keep", "strip", "mask"] = Field(
         "keep", description="thoughts of replies: train on them, remove them, or keep them without loss"
     )
-    held_out: NonNegativeInt | Fraction | NonEmptyStr = Field(
-        0, description="rows held out of training: a number, a fraction (below 1), or a file"
-    )
+    held_out: Annotated[
+        NonNegativeInt | Fraction | NonEmptyStr | PythonRows, BeforeValidator(from_python)
+    ] = Field(0, description="rows held out of training: a number, a fraction (below 1), or a file")
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="maximum tokens per row; null: the model's context, at most 2048"
     )
@@ -179,10 +191,32 @@ class DataSettings(Section):
     )
     cache: bool = Field(True, description="cache tokenized rows on disk")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pick_splits(cls, values: Any) -> Any:
+        """Replace a dataset with splits by the split that the recipe reads, as for a folder."""
+        if not isinstance(values, Mapping):
+            return values
+        split = values.get("split", "train")
+        mix = values.get("mix")
+        picked = dict(values)
+        if has_splits(values.get("source")):
+            picked["source"] = pick_split(values["source"], split, key="data.split")
+        if isinstance(mix, list):
+            picked["mix"] = [_pick_mixed_split(entry, split, index) for index, entry in enumerate(mix)]
+        return picked
+
     @property
     def text_format(self) -> TextFormat | None:
         """Format of plain-text rows; None if every row must be a conversation."""
         return None
+
+
+def _pick_mixed_split(entry: Any, split: str, index: int) -> Any:
+    if not isinstance(entry, Mapping) or not has_splits(entry.get("source")):
+        return entry
+    key = f"data.mix[{index}].split"
+    return {**entry, "source": pick_split(entry["source"], entry.get("split") or split, key=key)}
 
 
 class TrainSettings(Section):
@@ -276,6 +310,8 @@ class DocumentSettings(DataSettings):
 class EvaluateSettings(Section):
     """Generation evals before and after training, on held-out rows."""
 
+    ROW_SOURCES: ClassVar[tuple[str, ...]] = ("retention",)
+
     samples: NonNegativeInt = Field(
         4, description="number of prompts in samples.jsonl, with the replies before and after training"
     )
@@ -289,7 +325,7 @@ class EvaluateSettings(Section):
         "{name: file.py:function}; function(prompt, reply) returns a bool, a number, or None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
-    retention: NonEmptyStr | None = Field(
+    retention: RowSource | None = Field(
         None,
         description="retention set: instructions with exact answers, a skill that training must not degrade",
     )

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
 from finetune.training.run_directory import RunDirectory, parent_run_record
+from finetune.training.stored_rows import store_rows
 
 Value = TypeVar("Value")
 RECORDED_PACKAGES = (
@@ -187,7 +188,9 @@ class RunContext(Generic[SettingsT]):
             **({"init_from": parent} if parent is not None else {}),
             **metadata,
         )
-        self.run.write("recipe.yaml", self.recipe.to_yaml(self.resolved))
+        if self.run.is_writer:
+            stored = replace(self.recipe, settings=store_rows(self.recipe.settings, self.run.path))
+            self.run.write("recipe.yaml", stored.to_yaml(self.resolved))
 
     def _write_final_record(self, metric_spec: MetricSpec) -> None:
         """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""

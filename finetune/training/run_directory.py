@@ -26,6 +26,7 @@ from finetune.training.atomic_files import (
     read_jsonl,
     write_text_atomically,
 )
+from finetune.training.stored_rows import other_row_digests
 
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
@@ -79,6 +80,9 @@ class RunDirectory:
         """
         digest = recipe.digest(fingerprint)
         path = recipe.out or RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
+        # A run's own recipe.yaml, unchanged, continues that run, wherever its folder is now.
+        if recipe.out is None and recipe.run is not None and read_run_record(recipe.run)["digest"] == digest:
+            path = recipe.run
         run = cls(path, recipe, digest, fingerprint=fingerprint)
         # Only marked: nothing is deleted before the new run has passed its pre-flight.
         if force and run.record:
@@ -220,6 +224,7 @@ def run_fingerprint(settings: StageSettings) -> str:
         # The parent's weights, not its name or path: a run from a copy of the parent is the same run.
         fingerprint = _json_sha256([fingerprint, parent["files"]])
     extra_digests = [digest for _, section in settings for digest in section.input_digests()]
+    extra_digests += other_row_digests(settings)
     return _json_sha256([fingerprint, *extra_digests]) if extra_digests else fingerprint
 
 

@@ -18,6 +18,8 @@ from finetune.data.row_store import LocatedText, Rows, RowStore, message_values,
 from finetune.recipe.errors import Problem, UserError
 
 PreferenceKind = Literal["rankings", "labels"]
+PREFERENCE_KINDS: dict[str, PreferenceKind] = {"dpo": "rankings", "reward": "rankings", "kto": "labels"}
+"""Kind of preference data that each stage reads."""
 PREFERENCE_LAYOUTS: dict[PreferenceKind, Sequence[Layout[PreferenceRow]]] = {
     "rankings": RANKINGS,
     "labels": (*LABELED, *PAIRS),

@@ -26,6 +26,10 @@ sys.argv = ["llm-align", "ppo", "--dry-run"]
 cli.main()
 """
 Call = Callable[..., tuple[int, list[str], str]]
+PAIR = {"chosen": "hi", "rejected": "no"}
+REPLIES: dict[str, dict[str, object]] = {"dpo": PAIR, "reward": PAIR, "chain_of_hindsight": PAIR}
+REPLIES |= {"sft": {"completion": "hi"}, "kto": {"completion": "hi", "label": True}}
+"""What a row of each stage has besides its prompt; RL has prompts alone."""
 
 
 @pytest.fixture
@@ -123,7 +127,8 @@ def test_all_mistakes_are_in_one_message(call: Call, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [stage for stage in stage_names() if stage != "pretrain"])
 def test_examples_in_the_help_are_valid(call: Call, stage: str) -> None:
-    Path("my.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    rows = [{"prompt": f"Hi {number}", **REPLIES.get(stage, {})} for number in range(1500)]
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     Path("reward.py").write_text("def reward(prompt, reply):\n    return 0.0\n", encoding="utf-8")
     lines = str(cli.cli.commands[verb_of(stage)].epilog).splitlines()
     examples = [line.split("  ")[1].split()[1:] for line in lines if "--base" in line or "--data" in line]

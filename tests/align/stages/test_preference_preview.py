@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from align.cli.data_preview import preview
-from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, read_recipe
 
 Recipes = Callable[..., Recipe]
@@ -42,8 +39,10 @@ def test_labels_are_shown_for_kto(pairs_file: Path, base_folder: Path) -> None:
     assert facts["rows"] == 96 and len(facts["shown"]) == 4
 
 
-def test_a_stage_that_writes_conversations_itself_says_so(pairs_file: Path, base_folder: Path) -> None:
+def test_a_stage_that_writes_conversations_itself_shows_them(pairs_file: Path, base_folder: Path) -> None:
     given = {"model.base": str(base_folder), "data.source": str(pairs_file), "data.held_out": 4}
     recipe = read_recipe("chain_of_hindsight", "quickstart", shortcuts=given)
-    with pytest.raises(UserError, match="llm-align data --stage dpo"):
-        preview(recipe, rows=1)
+    [row] = preview(recipe, rows=1)["shown"]
+    controls = recipe.settings.chain_of_hindsight
+    text = "".join(piece["text"] for piece in row["pieces"])
+    assert controls.good in text and controls.bad in text and row["trained_tokens"] > 0

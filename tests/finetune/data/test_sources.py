@@ -15,6 +15,7 @@ from pyarrow import parquet
 from finetune.data.files import source_fingerprint
 from finetune.data.sources import read_source
 from finetune.recipe.errors import UserError
+from finetune.recipe.python_rows import PythonRows, RowsError
 
 ROWS = [{"instruction": "add", "output": "5"}, {"instruction": "더하기", "output": 'say "hi",\nplease'}]
 CSV = 'instruction,output\nadd,5\n더하기,"say ""hi"",\nplease"\n'
@@ -78,10 +79,12 @@ def test_parquet_is_read(tmp_path):
 
 
 def test_a_python_list_is_a_source():
-    source = read_source(ROWS)
+    source = read_source(PythonRows.of(ROWS))
     assert [row.columns for row in source] == ROWS
     assert [row.location for row in source] == ["row 1", "row 2"]
-    assert "row 2: found '7'" in error_message([{"a": 1}, 7])
+    with pytest.raises(RowsError, match="found 7") as error:
+        PythonRows.of([{"a": 1}, 7])
+    assert error.value.row == 2
 
 
 def test_a_folder_is_read_in_order_of_names_and_other_files_are_left_alone(tmp_path):
@@ -206,6 +209,7 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
     same = write(tmp_path / "two.jsonl", lines(ROWS))
     other = write(tmp_path / "three.jsonl", lines(ROWS) + "\n" + lines(ROWS))
     assert source_fingerprint(one) == source_fingerprint(same)
+    stored = write(tmp_path / "stored.jsonl", PythonRows.of(ROWS[:1]).path.read_text())
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "a.jsonl", lines(ROWS))
@@ -215,8 +219,7 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
         source_fingerprint(one),
         source_fingerprint(other),
         source_fingerprint(str(folder)),
-        source_fingerprint(ROWS),
-        source_fingerprint(ROWS[:1]),
+        source_fingerprint(PythonRows.of(ROWS[:1])),
         source_fingerprint("owner/name"),
         source_fingerprint("owner/name", "abc"),
         source_fingerprint("owner/other"),
@@ -224,6 +227,6 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
     ]
     assert before != source_fingerprint(str(folder))
     assert len(set(digests)) == len(digests)
-    assert source_fingerprint(ROWS) != source_fingerprint(ROWS[:1])
+    assert source_fingerprint(PythonRows.of(ROWS[:1])) == source_fingerprint(stored)
     write(tmp_path / "one.jsonl", lines(ROWS[:1]))
     assert source_fingerprint(one) != digests[0]
