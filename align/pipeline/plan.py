@@ -15,7 +15,7 @@ from finetune.data.files import data_fingerprint
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.command_line import COMMAND_LINE
-from finetune.recipe.discovery import adapter_traits
+from finetune.recipe.discovery import ADAPTERS, adapter_settings, adapter_traits, plugin_names
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe
@@ -154,9 +154,16 @@ def _load_recipes(entries: Sequence[StageEntry]) -> tuple[dict[str, Recipe], lis
 def _may_follow(problem: Problem, entry: StageEntry) -> bool:
     """Return True for a problem that a stage may have only because it was loaded without a reference."""
     key = problem.where.removeprefix(f"stage {entry.name}: ").partition(" ")[0].strip("'")
-    # What the stage would inherit. Its own overrides are judged; those of an adapter depend on the parent's.
-    is_own = key in entry.overrides and not key.startswith("adapter.")
-    return key.partition(".")[0] in REFERENCED_SECTIONS and not is_own
+    section, _, name = key.partition(".")
+    if section not in REFERENCED_SECTIONS:
+        return False
+    # Its own overrides are judged, but for keys of an adapter that may be the parent's.
+    return key not in entry.overrides or (section == "adapter" and name in _adapter_keys())
+
+
+def _adapter_keys() -> set[str]:
+    """Return the keys of all adapters."""
+    return {key for method in plugin_names(ADAPTERS) for key in adapter_settings(method).model_fields}
 
 
 def row_problems(

@@ -114,7 +114,7 @@ class MixedSource(Section):
 
     ROW_SOURCES: ClassVar[tuple[str, ...]] = ("source",)
 
-    source: RowSource = Field(description="Hub id, file or folder; in Python also a table")
+    source: RowSource = Field(description="Hub id, file or folder")
     columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     rows: PositiveInt | None = Field(None, description="maximum number of rows, sampled with the seed")
     select: SelectSettings | None = Field(None, description="filters for these rows")

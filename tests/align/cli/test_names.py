@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align import cli, load_reward, load_tuned
+from align import cli, load_recipe, load_reward, load_tuned
 from finetune.recipe.errors import UserError
 from finetune.recipe.runs import FORMAT
 
@@ -90,3 +90,76 @@ def test_a_verb_takes_its_own_stage_s_recipes(call: Call, monkeypatch: pytest.Mo
     assert status == 2 and "expected: a recipe of stage sft" in err
     status, _, err = call("sft", "dpo/nowhere.yaml")
     assert status == 2 and "dpo/nowhere.yaml: no such file" in err
+
+
+RECIPES = [
+    ("alpaca", "sft", "alpaca"),
+    ("quickstart", "sft", "quickstart"),  # of many stages: the default stage's
+    ("ultrafeedback", "dpo", "ultrafeedback"),  # of one stage
+    ("dpo/hh", "dpo", "hh"),
+    ("coh/hh", "chain_of_hindsight", "hh"),
+    ("chain-of-hindsight", "chain_of_hindsight", "quickstart"),  # a stage's default recipe
+    ("ppo/default", "ppo", "quickstart"),
+    ("own.yaml", "reward", "own"),  # the file's own stage
+    ("x=1/own.yaml", "reward", "own"),
+    ("plain.yaml", "sft", "plain"),
+    ("runs/dpo-old-33333333", "dpo", "old"),
+    ("dpo-old-33333333", "dpo", "old"),
+    ("dpo-old", "dpo", "old"),
+    ("runs/dpo-old-33333333/recipe.yaml", "dpo", "old"),
+]
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> None:
+    """Write recipes and a run into the working directory."""
+    for name, stage in {"own.yaml": "reward", "x=1/own.yaml": "reward", "plain.yaml": None}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        source = "pairs.jsonl" if stage else "sums.jsonl"
+        text = f"data: {{source: owner/{source}}}\n"
+        (tmp_path / name).write_text(f"stage: {stage}\n{text}" if stage else text)
+    run = tmp_path / "runs" / "dpo-old-33333333"
+    run.mkdir(parents=True)
+    record = {"format": FORMAT, "status": "finished", "stage": "dpo", "recipe": "old", "digest": "33333333"}
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "recipe.yaml").write_text("stage: dpo\ndata: {source: owner/pairs}\n")
+
+
+@pytest.mark.parametrize(("word", "stage", "name"), RECIPES, ids=[word for word, _, _ in RECIPES])
+def test_one_word_names_a_recipe_for_every_command(
+    call: Call, recipes: None, word: str, stage: str, name: str
+) -> None:
+    status, out, err = call("show", word, "--json")
+    assert (status, err) == (0, "") and (json.loads(out)["stage"], json.loads(out)["recipe"]) == (stage, name)
+    recipe = load_recipe(word)
+    assert (recipe.stage, recipe.name) == (stage, name)
+    if word in ("own.yaml", "dpo/hh", "ppo/default"):
+        status, out, _ = call("plan", word, "--base", "llama-2-7b", "--gpu", "h100", "--json")
+        assert status in (0, 3) and (json.loads(out)["stage"], json.loads(out)["recipe"]) == (stage, name)
+
+
+def test_a_name_of_several_stages_lists_them(call: Call, recipes: None) -> None:
+    for verb in ("show", "plan", "data"):
+        status, _, err = call(verb, "hh")
+        assert status == 2 and "recipe 'hh': 5 stages have one" in err
+        assert "one of chain-of-hindsight/hh, dpo/hh, ppo/hh, reward/hh, rloo/hh" in err
+    with pytest.raises(UserError, match="write STAGE/RECIPE"):
+        load_recipe("hh")
+    assert load_recipe("hh", stage="reward").stage == "reward"
+    for word in ("own.yaml", "dpo-old", "dpo/hh"):
+        with pytest.raises(UserError, match="stage"):
+            load_recipe(word, stage="sft")
+
+
+def test_show_takes_the_options_of_a_run(call: Call) -> None:
+    words = ["dpo/hh", "--base", "llama-2-7b", "--data", "owner/rows", "--adapter", "qlora"]
+    status, out, _ = call("show", *words, "--json")
+    rows = {row["key"]: (row["value"], row["origin"]) for row in json.loads(out)["settings"]}
+    assert status == 0 and rows["data.source"] == ("owner/rows", "command line")
+    assert rows["model.base"][0] == "llama-2-7b" and rows["adapter.method"][0] == "qlora"
+    status, out, _ = call(
+        "show", "ppo/quickstart", "--reward", "reward/hh", "--from", "sft/quickstart", "--json"
+    )
+    rows = {row["key"]: (row["value"], row["origin"]) for row in json.loads(out)["settings"]}
+    assert status == 0 and rows["model.init_from"] == ("sft/quickstart", "command line")
+    assert rows["rewards.sources"][0][0]["run"] == "reward/hh"

@@ -209,7 +209,8 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
     same = write(tmp_path / "two.jsonl", lines(ROWS))
     other = write(tmp_path / "three.jsonl", lines(ROWS) + "\n" + lines(ROWS))
     assert source_fingerprint(one) == source_fingerprint(same)
-    stored = write(tmp_path / "stored.jsonl", PythonRows.of(ROWS[:1]).path.read_text())
+    rows = PythonRows.of(ROWS[:1])
+    stored = write(tmp_path / "stored.jsonl", rows.path.read_text())
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "a.jsonl", lines(ROWS))
