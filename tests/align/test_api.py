@@ -31,7 +31,7 @@ def test_rows_from_python_are_trained_and_summarized(base_folder: Path, tmp_path
     assert [entry["step"] for entry in result.metrics if "loss" in entry] == [1, 2]
     assert result.samples[0]["expected"] in {row["output"] for row in ROWS}
     written = (tmp_path / "run" / "recipe.yaml").read_text()
-    assert "<12 rows given in Python" in written and "Add 3 and 3." not in written
+    assert "source: rows/data.source.jsonl" in written and "Add 3 and 3." not in written
 
 
 def test_other_rows_are_another_run(base_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from finetune.recipe.discovery import ADAPTERS, adapter_settings, plugin_names, stage_names
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.recipe import stage_settings
 from finetune.recipe.settings import AdapterSettings, Section
 from tools.docs.markdown import code, table, value
@@ -145,7 +146,9 @@ def _alternatives(annotation: Any) -> Iterator[str]:
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "section"
     else:
-        yield {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}.get(annotation, "any")
+        names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", PythonRows: "text"}
+        # In a recipe file, rows are named by a text.
+        yield names.get(annotation, "any")
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:

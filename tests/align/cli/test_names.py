@@ -115,8 +115,7 @@ def recipes(tmp_path: Path) -> None:
     """Write recipes and a run into the working directory."""
     for name, stage in {"own.yaml": "reward", "x=1/own.yaml": "reward", "plain.yaml": None}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        source = "pairs.jsonl" if stage else "sums.jsonl"
-        text = f"data: {{source: owner/{source}}}\n"
+        text = "data: {source: owner/rows}\n"
         (tmp_path / name).write_text(f"stage: {stage}\n{text}" if stage else text)
     run = tmp_path / "runs" / "dpo-old-33333333"
     run.mkdir(parents=True)
@@ -133,7 +132,7 @@ def test_one_word_names_a_recipe_for_every_command(
     assert (status, err) == (0, "") and (json.loads(out)["stage"], json.loads(out)["recipe"]) == (stage, name)
     recipe = load_recipe(word)
     assert (recipe.stage, recipe.name) == (stage, name)
-    if word in ("own.yaml", "dpo/hh", "ppo/default"):
+    if word in ("own.yaml", "dpo/hh"):
         status, out, _ = call("plan", word, "--base", "llama-2-7b", "--gpu", "h100", "--json")
         assert status in (0, 3) and (json.loads(out)["stage"], json.loads(out)["recipe"]) == (stage, name)
 
@@ -162,4 +161,4 @@ def test_show_takes_the_options_of_a_run(call: Call) -> None:
     )
     rows = {row["key"]: (row["value"], row["origin"]) for row in json.loads(out)["settings"]}
     assert status == 0 and rows["model.init_from"] == ("sft/quickstart", "command line")
-    assert rows["rewards.sources"][0][0]["run"] == "reward/hh"
+    assert rows["rewards.sources"][0][0]["run"] == "reward/quickstart"

@@ -1,4 +1,4 @@
-"""A pipeline reads the rows of all stages before its first stage starts; a broken stage causes one problem."""
+"""A pipeline reads the rows of all stages before the first one starts; a broken stage is one problem."""
 
 import json
 import sys
