@@ -157,7 +157,7 @@ def test_show_takes_the_options_of_a_run(call: Call) -> None:
     assert status == 0 and rows["data.source"] == ("owner/rows", "command line")
     assert rows["model.base"][0] == "llama-2-7b" and rows["adapter.method"][0] == "qlora"
     status, out, _ = call(
-        "show", "ppo/quickstart", "--reward", "reward/hh", "--from", "sft/quickstart", "--json"
+        "show", "ppo", "--reward", "reward/quickstart", "--from", "sft/quickstart", "--json"
     )
     rows = {row["key"]: (row["value"], row["origin"]) for row in json.loads(out)["settings"]}
     assert status == 0 and rows["model.init_from"] == ("sft/quickstart", "command line")
