@@ -108,12 +108,14 @@ def data(selected: RecipeArguments, rows: int, as_json: bool, html: Path | None)
     """Preview the tokenized data: rows with loss mask, lengths, truncation, mixture, number of steps."""
     from align.cli.data_terminal import print_header, print_preview
     from finetune.recipe.console import Terminal
+    from finetune.recipe.hub import check_hub
 
     recipe = selected.load()
     console = Terminal()
     if not as_json:
         print_header(recipe, console)
     silence_libraries()
+    check_hub(recipe.settings)  # before torch is imported
     from align.cli.data_preview import preview, write_page
 
     preview_data = preview(recipe, rows=rows)

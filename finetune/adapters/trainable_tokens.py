@@ -54,7 +54,7 @@ def _trainable_token_ids(model: "PreTrainedModel", tokens: list[str | int] | Non
     else:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
         requested = tokenizer.all_special_tokens if tokens is None else tokens
         ids = [
             token_or_id if isinstance(token_or_id, int) else _single_token_id(tokenizer.encode, token_or_id)

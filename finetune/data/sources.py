@@ -21,6 +21,7 @@ from finetune.data.files import (
 from finetune.data.readers import SourceRow, iter_file
 from finetune.recipe.discovery import local_path, looks_local
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.hub import HubRepository, reach_hub
 from finetune.recipe.python_rows import PythonRows, row_location
 from finetune.recipe.settings import TextFormat
 
@@ -136,6 +137,7 @@ def _load_hub_dataset(name: str, split: str, revision: str | None) -> "datasets.
         repair = "check the path; a Hub dataset is named owner/name"
         raise UserError(Problem(name, "no such file or folder", "an existing path", repair))
     repository, _, subset = name.partition(":")
+    reach_hub(HubRepository("dataset", repository, revision))
     try:
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -29,6 +29,7 @@ from finetune.distributed.rank import dist_info
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.console import Terminal
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.hub import check_hub
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import prepare_terminal
@@ -68,6 +69,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
         rank_console = console if dist.is_main else Terminal(quiet=True)
         return run_stage(recipe, rank_console, force=force, command=command)
     if not RunDirectory.of(recipe, force=force).finished:
+        check_hub(recipe.settings)
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
             launch_processes(LaunchSpec(recipe, force, command), num_processes)

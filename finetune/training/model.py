@@ -34,6 +34,7 @@ from finetune.library_internals import disable_4bit_repacking, quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.hub import reads_base_offline
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 from finetune.training import auto_values
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
@@ -112,6 +113,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             resolve_base(settings.base),
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
+            local_files_only=reads_base_offline(settings),
         )
 
 
@@ -126,6 +128,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
             resolve_base(settings.base),
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
+            local_files_only=reads_base_offline(settings),
         )
         extend_context(config, settings.rope, base=settings.base)
     return config
@@ -163,20 +166,20 @@ def load_base(
         configure_score_heads(config, heads)
         set_verbosity_error()  # the library warns of a newly initialized head, which is intended here
     auto_class = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
-    fsdp = DistributedConfig(fsdp_size=dist_info().world_size) if strategy == "fsdp2" else None
+    model: PreTrainedModel
     with _LoadErrors(settings):
-        model: PreTrainedModel
         model, loading_info = auto_class.from_pretrained(
             resolve_base(settings.base),
             config=config,
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
+            local_files_only=reads_base_offline(settings),
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
             quantization_config=_quantization_config(quantization, precision, heads=bool(heads)),
             # Sharded weights are placed by the engine.
             device_map=None if strategy in SHARDED_WEIGHTS else {"": hardware.device},
-            distributed_config=fsdp,
+            distributed_config=_fsdp_config(strategy),
             # Pickled weights can execute code.
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with names and shapes
@@ -252,6 +255,10 @@ def configure_score_heads(config: PretrainedConfig, heads: Sequence[str]) -> Non
     config.id2label = dict(enumerate(heads))  # sets num_labels as well
     config.label2id = {name: index for index, name in enumerate(heads)}
     config.problem_type = "regression"
+
+
+def _fsdp_config(strategy: str) -> DistributedConfig | None:
+    return DistributedConfig(fsdp_size=dist_info().world_size) if strategy == "fsdp2" else None
 
 
 def _check_all_loaded(weights: list[str]) -> None:

@@ -273,7 +273,7 @@ BASES = {
     "no such folder": (words("--base", "./nowhere"), ["model.base", "'./nowhere' is not a folder"]),
     "Hub id that is not cached": (
         words("--base", "nobody/nothing"),
-        ["model.base 'nobody/nothing'", "hf auth login"],
+        ["model.base 'nobody/nothing'", "HF_HUB_OFFLINE is set", "hf download nobody/nothing"],
     ),
     "no config": (base_without("config.json"), ["model.base", "has no config.json", "save_pretrained"]),
     "no weights": (base_without("*.safetensors"), ["model.base 'broken'", "safetensors"]),

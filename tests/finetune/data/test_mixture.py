@@ -220,6 +220,7 @@ def test_only_the_sampled_rows_of_a_hub_dataset_are_read(monkeypatch: pytest.Mon
         return datasets.Dataset.from_list([{"inputs": f"q{i}", "targets": f"{i}"} for i in range(1000)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("finetune.data.sources.reach_hub", lambda repository: True)
     columns = {"prompt": "inputs", "completion": "targets"}
     mix = [
         {"source": "some/set", "rows": 10, "columns": columns, "revision": "abc"},

@@ -3,9 +3,6 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pyarrow
@@ -187,21 +184,9 @@ def test_a_subset_of_a_hub_dataset_follows_a_colon(monkeypatch, name, requested)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("finetune.data.sources.reach_hub", lambda repository: True)
     assert read_source(name)[0].location == f"{name}[train] row 1"
     assert calls == [requested]
-
-
-def test_pain_24_an_unreachable_hub_is_one_clear_message(tmp_path):
-    # The library reads the switch when it is imported, hence a process of its own.
-    code = "from finetune.data.sources import read_source; read_source('nobody/nothing')"
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", code]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    message = done.stderr[done.stderr.index("finetune.recipe.errors.UserError") :]
-    assert "dataset 'nobody/nothing', split 'train': cannot be loaded from the Hub: " in message
-    assert "or use a local file: --data my.jsonl" in message
-    assert len(message.splitlines()) == 3
 
 
 def test_pain_22_fingerprints_follow_the_content(tmp_path):
