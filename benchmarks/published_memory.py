@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from finetune.distributed.hardware import GPUS, RESERVED_BYTES, device_by_name
 from finetune.planner.architecture import Architecture
-from finetune.planner.from_recipe import load_base_config
 from finetune.planner.memory import Phase, peak_phase, plan_memory
 from finetune.planner.workload import Adapter, GenerationBatch, Workload
+from finetune.recipe.base_config import load_base_config
 
 GB, GIB = 10**9, 2**30
 EXCLUDED_PHASE = "merge"

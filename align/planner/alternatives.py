@@ -159,7 +159,8 @@ def _storage_changes(settings: StageSettings, plan: Plan) -> list[list[Change]]:
     # The largest static memory: optimizer states under full tuning, the frozen base under an adapter.
     if traits.full_finetuning and settings.train.optimizer == "adamw":
         return [[], [("train.optimizer", "adamw_8bit")]]
-    if "nf4" in traits.quantization and plan.workload.quantization != "nf4":
+    # A base that is stored quantized stays as it is.
+    if "nf4" in traits.quantization and plan.workload.quantization != "nf4" and not plan.workload.stored:
         return [[], [("model.quantization", "nf4")]]
     return [[]]
 

@@ -129,6 +129,9 @@ class AdaptedLinears:
         is_int8 = self.workload.quantization == "int8"
         # 4 bytes per output: bitsandbytes sums int8 products in int32.
         workspace_bytes = 4 * rows * layer.out_features + 3 * inputs.numel if is_int8 else dequantized
+        if self.workload.quantization == "nf4" and self.workload.quantized_itemsize > self.itemsize:
+            # A stored base that multiplies in float32: copies of x and of the output in float32.
+            workspace_bytes += self.workload.quantized_itemsize * (inputs.numel + rows * layer.out_features)
         workspace = tape.allocate(workspace_bytes, 1, "workspace")
         saved = [inputs] if is_int8 else []
         output = tape.apply(
@@ -142,10 +145,16 @@ class AdaptedLinears:
         return output
 
     def dequantized_bytes(self, layer: LinearShape) -> int:
-        """Return the bytes of a dequantized weight, with NF4's scales in float32."""
-        numel, quantization = layer.in_features * layer.out_features, self.workload.quantization
-        scales = 4 * numel // NF4_BLOCK if quantization == "nf4" else 0
-        return 0 if quantization == "none" else numel * self.itemsize + scales
+        """Return the bytes of a dequantized weight, with NF4's scales in float32 if they are quantized."""
+        numel, workload = layer.in_features * layer.out_features, self.workload
+        if workload.quantization == "none":
+            return 0
+        scales = (
+            4 * numel // NF4_BLOCK if workload.quantization == "nf4" and workload.double_quantization else 0
+        )
+        # A weight that multiplies in float32 is dequantized to its stored dtype first, and then cast.
+        cast = workload.quantized_itemsize if workload.quantized_itemsize > self.itemsize else 0
+        return numel * (self.itemsize + cast) + scales
 
     def compute_weight(self, numel: int) -> Tensor:
         """Return a trained weight in the compute dtype."""

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.planner.config_values import ConfigValues
 from finetune.recipe.errors import Problem, UserError, did_you_mean
-
-ConfigValues = Mapping[str, Any]
 
 COMMON_DEFAULTS = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -16,29 +15,33 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
+        "sliding_window": 4096,
     },
     "qwen2": {
         **COMMON_DEFAULTS,
         "vocab_size": 151936,
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
+        **{"sliding_window": 4096, "max_window_layers": 28},
     },
     "qwen3": {
         **COMMON_DEFAULTS,
         **{"vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
-        "head_dim": 128,
+        **{"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
     },
     "gemma2": {
         **COMMON_DEFAULTS,
         **{"vocab_size": 256000, "max_position_embeddings": 8192, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
         **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": 30.0},
+        "sliding_window": 4096,
     },
     "gemma3_text": {
         **COMMON_DEFAULTS,
         **{"vocab_size": 262208, "max_position_embeddings": 131072, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
         **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": None},
+        "sliding_window": 4096,
     },
     "gpt_neox": {
         **COMMON_DEFAULTS,
@@ -50,6 +53,8 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
 VISION_DEFAULTS |= {"image_size": 224, "patch_size": 16}
 """Defaults of the vision tower (SigLIP)."""
+SLIDING_ATTENTION = "sliding_attention"
+"""The name of a layer with a sliding window, in ``layer_types`` of a config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,23 +169,22 @@ class Architecture:
     vision: VisionTower | None = None
 
     @classmethod
-    def from_config(cls, config: ConfigValues) -> "Architecture":
+    def from_config(cls, config: Mapping[str, Any]) -> "Architecture":
         """Return the architecture that a config.json describes.
 
         Raises:
-            UserError: an unknown ``model_type``, or a config without its sizes.
+            UserError: an unknown ``model_type``, or sizes that are missing, invalid or contradictory.
         """
-        family = config.get("model_type")
+        family = str(config.get("model_type"))
         # A multimodal config nests the decoder's under text_config.
         if family == "gemma3":
             return _multimodal_architecture(config)
         if family not in FAMILY_DEFAULTS:
-            raise UserError(_unknown_family(str(family)))
-        try:
-            return _decoder_architecture(str(family), {**FAMILY_DEFAULTS[str(family)], **config})
-        except KeyError as error:
-            actual = f"a config.json of type '{family}' without {error}"
-            raise UserError(Problem("model.base", actual, "a complete config.json")) from error
+            raise UserError(_unknown_family(family))
+        values = ConfigValues(config, FAMILY_DEFAULTS[family])
+        architecture = _decoder_architecture(family, values)
+        values.check()
+        return architecture
 
     @property
     def query_width(self) -> int:
@@ -229,6 +233,19 @@ class Architecture:
             ]
         return (*layers, *(_vision_linears(self.vision) if self.vision else ()))
 
+    def module_names(self, layer: LinearShape) -> list[str]:
+        """Return the module names of a kind of linear layer in transformers' class, one per layer."""
+        if self.fused_qkv:
+            group = "attention" if layer.name in ("query_key_value", "dense") else "mlp"
+            prefix = "gpt_neox.layers"
+        elif self.vision is not None and layer in _vision_linears(self.vision):
+            group = "mlp" if layer.name in ("fc1", "fc2") else "self_attn"
+            prefix = "model.vision_tower.encoder.layers"
+        else:
+            group = "mlp" if layer.name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            prefix = "model.layers" if self.vision is None else "model.language_model.layers"
+        return [f"{prefix}.{index}.{group}.{layer.name}" for index in range(layer.count)]
+
     def norms(self) -> tuple[NormShape, ...]:
         """Return the norms of the decoder, then those of the vision tower."""
         num_layers, bias = self.num_layers, self.layer_norm
@@ -242,33 +259,40 @@ class Architecture:
         return (*norms, *(_vision_norms(self.vision) if self.vision else ()))
 
 
-def _decoder_architecture(family: str, config: ConfigValues) -> Architecture:
-    heads = int(config["num_attention_heads"])
+def _decoder_architecture(family: str, values: ConfigValues) -> Architecture:
+    """Return the architecture of a decoder; the caller raises what ``values`` reports."""
     gemma, neox = family.startswith("gemma"), family == "gpt_neox"
-    bias = bool(config["attention_bias"])
-    window, sliding = _sliding_window(family, config)
+    hidden_size, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    kv_heads = heads if neox else values.optional_size("num_key_value_heads") or heads
+    head_dim = values.optional_size("head_dim")
+    values.require(
+        head_dim is not None or hidden_size % heads == 0, "hidden_size", f"a multiple of {heads} heads"
+    )
+    values.require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
+    bias = values.flag("attention_bias")
+    window, sliding = _sliding_window(family, values)
     return Architecture(
         family=family,
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden_size,
+        num_layers=values.size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=heads if neox else config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
-        tied_embeddings=bool(config["tie_word_embeddings"]),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim or hidden_size // heads,
+        intermediate_size=values.size("intermediate_size"),
+        vocab_size=values.size("vocab_size"),
+        max_positions=values.size("max_position_embeddings"),
+        tied_embeddings=values.flag("tie_word_embeddings"),
         # Qwen2 has biases on queries, keys and values, without a config key for it.
         attention_bias=family == "qwen2" or bias,
         output_bias=family != "qwen2" and bias,
-        mlp_bias=bool(config["mlp_bias"]),
+        mlp_bias=values.flag("mlp_bias"),
         gated=not neox,
         fused_qkv=neox,
         layer_norm=neox,
         post_norms=gemma,
         query_key_norm=family in ("qwen3", "gemma3_text"),
-        parallel_residual=neox and bool(config["use_parallel_residual"]),
-        softcap=gemma and config["final_logit_softcapping"] is not None,
+        parallel_residual=neox and values.flag("use_parallel_residual"),
+        softcap=gemma and values.optional_number("final_logit_softcapping") is not None,
         # Gemma 2 caps the attention scores, which fused kernels do not support.
         eager=family == "gemma2",
         sliding_window=window,
@@ -276,39 +300,42 @@ def _decoder_architecture(family: str, config: ConfigValues) -> Architecture:
     )
 
 
-def _sliding_window(family: str, config: ConfigValues) -> tuple[int, int]:
+def _sliding_window(family: str, values: ConfigValues) -> tuple[int, int]:
     """Return the window of the sliding layers, and their number."""
-    layers = int(config["num_hidden_layers"])
-    if family == "mistral":
-        # null disables the window; a missing key means the class's default.
-        window = config.get("sliding_window", 4096)
-        return (window, layers) if window else (0, 0)
+    layers = values.size("num_hidden_layers")
+    # Read in any case, so that an invalid value is reported. Mistral's null disables the window.
+    window = values.optional_size("sliding_window")
+    layer_types = values.layer_types(layers)
+    if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
+        return 0, 0
+    if not window or family in ("llama", "gpt_neox"):
+        return 0, 0
+    if layer_types is not None:
+        return window, layer_types.count(SLIDING_ATTENTION)
     if family in ("qwen2", "qwen3"):
         # The first max_window_layers attend to everything.
-        enabled_window = config.get("use_sliding_window", False) and config.get("sliding_window")
-        return (
-            (config["sliding_window"], layers - config.get("max_window_layers", 28))
-            if enabled_window
-            else (0, 0)
-        )
+        return window, max(0, layers - values.size("max_window_layers", minimum=0))
     if family.startswith("gemma"):
         # Gemma 2 alternates; in Gemma 3 one layer of six attends to everything.
-        period = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
-        return config.get("sliding_window") or 4096, layers - layers // period
-    return 0, 0
+        period = 2 if family == "gemma2" else values.optional_size("sliding_window_pattern") or 6
+        return window, layers - layers // period
+    return window, layers
 
 
-def _multimodal_architecture(config: ConfigValues) -> Architecture:
-    text = {**FAMILY_DEFAULTS["gemma3_text"], **config.get("text_config", {})}
-    tower = {**VISION_DEFAULTS, **config.get("vision_config", {})}
+def _multimodal_architecture(config: Mapping[str, Any]) -> Architecture:
+    text = ConfigValues.nested(config, "text_config", FAMILY_DEFAULTS["gemma3_text"])
+    tower = ConfigValues.nested(config, "vision_config", VISION_DEFAULTS)
+    decoder = _decoder_architecture("gemma3_text", text)
     vision = VisionTower(
-        hidden_size=tower["hidden_size"],
-        intermediate_size=tower["intermediate_size"],
-        num_layers=tower["num_hidden_layers"],
-        patch_size=tower["num_channels"] * tower["patch_size"] ** 2,
-        num_patches=(tower["image_size"] // tower["patch_size"]) ** 2,
+        hidden_size=tower.size("hidden_size"),
+        intermediate_size=tower.size("intermediate_size"),
+        num_layers=tower.size("num_hidden_layers"),
+        patch_size=tower.size("num_channels") * tower.size("patch_size") ** 2,
+        num_patches=(tower.size("image_size") // tower.size("patch_size")) ** 2,
     )
-    return replace(_decoder_architecture("gemma3_text", text), vision=vision)
+    text.problems += tower.problems
+    text.check()
+    return replace(decoder, vision=vision)
 
 
 def _vision_linears(vision: VisionTower) -> tuple[LinearShape, ...]:

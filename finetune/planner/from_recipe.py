@@ -1,23 +1,13 @@
-"""Planner inputs from a recipe's settings: the base's config.json, its architecture, the adapter, the step.
+"""Planner inputs from a recipe's settings: the base's architecture, the adapter, the step."""
 
-No download: a config.json is read from our table, a folder or the Hugging Face cache.
-"""
-
-import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-
-from huggingface_hub import try_to_load_from_cache
 
 from finetune.planner.architecture import Architecture
 from finetune.planner.workload import Adapter, Workload
-from finetune.recipe import yaml_file
-from finetune.recipe.bases import load_bases, resolve_base
-from finetune.recipe.discovery import PROJECT
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.base_config import load_base_config, load_stored_quantization
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 
-ARCHITECTURES = PROJECT / "recipes" / "architectures.yaml"
 ADAMIX_PASSES = 2
 DEFAULT_TRAINED_TOKENS = 3
 """BOS, EOS and padding: the tokens that trainable_tokens trains by default."""
@@ -27,62 +17,12 @@ def load_architecture(model: ModelSettings) -> Architecture:
     """Return the base's architecture, with the context length of the recipe's RoPE scaling.
 
     Raises:
-        UserError: an unknown base.
+        UserError: an unknown base, or one with an invalid config.json.
     """
-    config = load_base_config(model.base, model.revision)
-    if model.rope is not None:
-        # Multimodal configs nest the decoder's.
-        text = config.get("text_config", config)
-        extended = {**text, "max_position_embeddings": round(_max_positions(text) * model.rope.factor)}
-        config = {**config, "text_config": extended} if "text_config" in config else extended
-    return Architecture.from_config(config)
-
-
-def _max_positions(text: dict[str, Any]) -> int:
-    return int(text["max_position_embeddings"])
-
-
-def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
-    """Return a base model's config.json; known bases are in our table.
-
-    Args:
-        base: short name, Hub id or folder.
-        revision: branch, tag or commit of a Hub model.
-
-    Raises:
-        UserError: the base does not exist, or its config.json is not on this machine.
-    """
-    base_id = resolve_base(base)
-    if Path(base_id).is_dir():
-        return _read_config(Path(base_id) / "config.json")
-    known = {entry.id: name for name, entry in load_bases().items()}
-    # The table has the configs of the default branches; another revision may differ.
-    if base_id in known and revision is None:
-        config: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0][known[base_id]]["config"]
-        return config
-    cached = try_to_load_from_cache(base_id, "config.json", revision=revision)
-    # Neither None (unknown) nor the sentinel of a file that the repository is known to lack.
-    if isinstance(cached, str):
-        return _read_config(Path(cached))
-    raise UserError(_unknown_base(base, base_id, revision, len(known)))
-
-
-def _unknown_base(base: str, base_id: str, revision: str | None, known: int) -> Problem:
-    at = f" at revision '{revision}'" if revision else ""
-    text = f"'{base}'{at} is not a known base, and its config.json is not on this machine"
-    expected = f"one of {known} short names (`llm-align list bases`), a folder, or a model in the hub's cache"
-    option = f" --revision {revision}" if revision else ""
-    return Problem("model.base", text, expected, f"hf download {base_id} config.json{option}   (no weights)")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(Problem("model.base", f"{file}: {error}", "the JSON of a config.json")) from error
-    if not isinstance(content, dict):
-        raise UserError(Problem("model.base", f"{file} is not a JSON object", "the JSON of a config.json"))
-    return content
+    architecture = Architecture.from_config(load_base_config(model.base, model.revision))
+    if model.rope is None:
+        return architecture
+    return replace(architecture, max_positions=round(architecture.max_positions * model.rope.factor))
 
 
 def planned_adapter(settings: AdapterSettings) -> Adapter:
@@ -151,6 +91,7 @@ def recipe_workload(
         adapter=planned_adapter(settings.adapter),
         precision=precision,  # type: ignore[arg-type]
         quantization=quantization,  # type: ignore[arg-type]
+        stored=load_stored_quantization(settings.model.base, settings.model.revision),
         optimizer=settings.train.optimizer,
         checkpointing=settings.train.gradient_checkpointing,
         attention="sdpa" if attention == "auto" else attention,

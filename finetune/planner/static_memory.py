@@ -10,7 +10,8 @@ from finetune.planner.workload import ITEMSIZES, LORA_METHODS, Adapter, Quantiza
 
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (arXiv 2305.14314, section 3)."""
-NF4_TABLE_BYTES = 4 * (16 + 256) + 4
+NF4_CODES = 16
+NF4_TABLE_BYTES = 4 * (NF4_CODES + 256) + 4
 """The 16 values of the code, the 256 of the scales' code, and the scales' mean: float32."""
 ADAM_8BIT_BLOCK = 256
 """bitsandbytes: elements per scale."""
@@ -127,20 +128,32 @@ def base_bytes(workload: Workload) -> int:
     linear = architecture.linear_layers()
     weights = sum(layer.weights for layer in linear)
     unquantized_bytes = (parameters - weights) * workload.itemsize
-    return unquantized_bytes + sum(
-        layer.count * quantized_bytes(layer, workload.quantization, workload) for layer in linear
-    )
+    return unquantized_bytes + sum(_linear_bytes(layer, workload) for layer in linear)
+
+
+def _linear_bytes(layer: LinearShape, workload: Workload) -> int:
+    """Return the bytes of all layers of a kind; a stored base may skip some when quantizing."""
+    skipped = 0
+    if workload.stored is not None and workload.stored.skip_modules:
+        names = workload.architecture.module_names(layer)
+        skipped = sum(workload.stored.skips(name) for name in names)
+    return (layer.count - skipped) * quantized_bytes(
+        layer, workload.quantization, workload
+    ) + skipped * quantized_bytes(layer, "none", workload)
 
 
 def quantized_bytes(layer: LinearShape, quantization: Quantization, workload: Workload) -> int:
     """Return the bytes of one weight (out, in).
 
     NF4: two weights per byte, an 8-bit scale per 64 of them, a float32 scale per 256 scales, and the tables.
+    Without double quantization the scales are float32, and there is one table.
     int8: one byte per weight, one float32 scale per output.
     """
     numel = layer.in_features * layer.out_features
     if quantization == "nf4":
         scales = ceil(numel / NF4_BLOCK)
+        if not workload.double_quantization:
+            return ceil(numel / 2) + 4 * scales + 4 * NF4_CODES
         return ceil(numel / 2) + scales + 4 * ceil(scales / NF4_SCALE_BLOCK) + NF4_TABLE_BYTES
     if quantization == "int8":
         return numel + 4 * layer.out_features

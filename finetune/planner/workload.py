@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.planner.architecture import Architecture
+from finetune.recipe.base_config import StoredQuantization
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "int8"]
@@ -16,7 +17,7 @@ ObjectiveKind = Literal["likelihood", "comparison", "scores", "ppo", "none"]
 completions (dpo, kto and the other preference losses), scores (reward), both policy and value (ppo).
 """
 
-ITEMSIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element."""
 
 
@@ -105,6 +106,7 @@ class Workload:
         objective: the loss.
         precision: of the forward pass, and of frozen weights that are not quantized.
         quantization: storage format of the frozen base.
+        stored: how the base's own files store it; None: they are unquantized, and loading quantizes them.
         optimizer: its name.
         rows: rows of a micro-batch: examples, groups with a shared prompt, or completions.
         seq_len: tokens of the longest row, prompt and all its completions included.
@@ -130,6 +132,7 @@ class Workload:
     objective: ObjectiveKind = "likelihood"
     precision: Precision = "bfloat16"
     quantization: Quantization = "none"
+    stored: StoredQuantization | None = None
     optimizer: Optimizer = "adamw"
     rows: int = 1
     seq_len: int = 512
@@ -153,6 +156,18 @@ class Workload:
     def itemsize(self) -> int:
         """Return the bytes per element in the forward pass."""
         return ITEMSIZES[self.precision]
+
+    @property
+    def double_quantization(self) -> bool:
+        """Return whether 4-bit scales are quantized too, as loading with ``quantization: nf4`` does."""
+        return self.stored is None or self.stored.double_quantization
+
+    @property
+    def quantized_itemsize(self) -> int:
+        """Return the bytes per element in which a 4-bit layer multiplies: a stored base names its dtype."""
+        return (
+            self.itemsize if self.stored is None else max(self.itemsize, ITEMSIZES[self.stored.compute_dtype])
+        )
 
     @property
     def positions(self) -> int:

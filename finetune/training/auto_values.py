@@ -7,6 +7,7 @@ from math import ceil
 
 from finetune.distributed.hardware import SAFE_FRACTION, Hardware
 from finetune.planner.estimate import ObjectiveKind, Workload, estimate, recipe_workload
+from finetune.recipe.base_config import StoredQuantization, load_stored_quantization
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings
@@ -155,17 +156,49 @@ def checkpoint_every(requested: int | None, *, steps: int) -> tuple[int, str]:
     return max(1, steps // CHECKPOINTS_PER_RUN), f"{CHECKPOINTS_PER_RUN} checkpoints in {steps} steps"
 
 
-def quantization(requested: str, supported: tuple[str, ...]) -> Choice:
-    """Return the base's quantization, and the reason; ``supported`` lists the adapter's, preferred first."""
-    return (supported[0], "the adapter's default") if requested == "auto" else (requested, "as requested")
+def quantization(
+    requested: str, supported: tuple[str, ...], stored: StoredQuantization | None = None
+) -> Choice:
+    """Return the base's quantization, and the reason.
+
+    Args:
+        requested: the recipe's ``model.quantization``.
+        supported: the adapter's quantizations, preferred first.
+        stored: how the base's own files store it, which loading keeps.
+
+    Raises:
+        UserError: the base is stored in a quantization that is unknown, not the requested one, or not
+            supported by the adapter.
+    """
+    if stored is None:
+        return (supported[0], "the adapter's default") if requested == "auto" else (requested, "as requested")
+    actual = f"the base is stored in {stored}"
+    if not stored.quantization:
+        expected = "unquantized weights, or bitsandbytes in 4 or 8 bits"
+        repair = "the unquantized base of the same model; model.quantization=nf4 stores it in 4 bits"
+        raise UserError(Problem("model.base", actual, expected, repair))
+    if requested not in ("auto", stored.quantization):
+        repair = f"model.quantization={stored.quantization}, or the unquantized base of the same model"
+        expected = f"{stored.quantization} or auto: {actual}"
+        raise UserError(Problem("model.quantization", f"found {requested}", expected, repair))
+    if stored.quantization not in supported:
+        expected = f"a base in {', '.join(supported)}: the adapter's quantizations"
+        repair = "the unquantized base of the same model, or adapter.method=qlora"
+        raise UserError(Problem("model.base", actual, expected, repair))
+    return stored.quantization, actual
 
 
 def precision_and_quantization(settings: StageSettings, hardware: Hardware) -> dict[str, Choice]:
-    """Return a recipe's precision and quantization on some hardware, each with its reason."""
+    """Return a recipe's precision and quantization on some hardware, each with its reason.
+
+    Raises:
+        UserError: the base's stored quantization contradicts the recipe.
+    """
     model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
+    stored = load_stored_quantization(model.base, model.revision)
     return {
         "model.precision": precision(model.precision, hardware),
-        "model.quantization": quantization(model.quantization, supported),
+        "model.quantization": quantization(model.quantization, supported, stored),
     }
 
 

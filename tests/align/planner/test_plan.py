@@ -130,6 +130,50 @@ def write_run_record(recipe: Recipe, folder: Path, rate: float, seconds: float =
     (folder / "run.json").write_text(json.dumps(record))
 
 
+@pytest.mark.parametrize(
+    ("stored", "quantization", "gibibytes"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", 0.752),
+        ({"load_in_8bit": True}, "int8", 1.145),
+        (None, "none", 2.05),
+    ],
+)
+def test_stored_quantization_is_planned(
+    tmp_path: Path, stored: dict[str, Any] | None, quantization: str, gibibytes: float
+) -> None:
+    if stored is not None:
+        stored = {"quant_method": "bitsandbytes", **stored}
+    base = write_config(tmp_path, quantization_config=stored)
+    plan = plan_recipe("sft", "alpaca", model__base=base)
+    assert plan.auto["model.quantization"][0] == plan.workload.quantization == quantization
+    assert plan.estimate.base_bytes / 2**30 == pytest.approx(gibibytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides"),
+    [
+        ({"hidden_size": "2048"}, {}),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}),
+        ({"quantization_config": {"load_in_4bit": True}}, {"model__quantization": "int8"}),
+        ({"quantization_config": {"load_in_4bit": True}}, {"adapter__method": "full"}),
+    ],
+)
+def test_bases_that_cannot_be_trained_on_are_refused(
+    tmp_path: Path, values: dict[str, Any], overrides: dict[str, str]
+) -> None:
+    base = write_config(tmp_path, **values)
+    with pytest.raises(UserError, match=r"^model\.(base|quantization): .*\n    expected: .*\n    repair: "):
+        plan_recipe("sft", "alpaca", model__base=base, **overrides)
+
+
+def write_config(folder: Path, **values: Any) -> str:
+    """Write the config.json of a model of 1.1 billion parameters, and return its folder."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **heads, **values}))
+    return str(folder)
+
+
 def test_finished_runs_predict_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe("sft", "quickstart")

@@ -1,5 +1,6 @@
 """Shapes of every family equal those of transformers' class for the same config.json."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -99,8 +100,83 @@ def test_unknown_types_are_refused_with_a_repair() -> None:
 
 
 def test_incomplete_configs_are_refused() -> None:
-    with pytest.raises(UserError, match=r"type 'llama' without 'num_attention_heads'"):
+    with pytest.raises(UserError) as caught:
         Architecture.from_config({"model_type": "llama", "hidden_size": 64})
+    missing = [problem.actual for problem in caught.value.problems]
+    assert missing[0] == "config.json: num_attention_heads is missing" and len(missing) == 3
+
+
+@pytest.mark.parametrize("value", ["2048", "", -1, 0, 2.5, 2048.0, True, [2048, 2048], {}, 10**12])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
+        "sliding_window",
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_invalid_sizes_are_refused(family: str, key: str, value: Any) -> None:
+    sizes = config_sizes("llama", 64, 128, 2, heads=4, num_key_value_heads=2) | {key: value}
+    config = sizes if family == "llama" else {"model_type": family, "text_config": sizes}
+    with pytest.raises(UserError) as caught:
+        Architecture.from_config(config)
+    [problem] = caught.value.problems
+    section = "" if family == "llama" else "text_config."
+    assert problem.actual == f"config.json has {section}{key}={json.dumps(value)}"
+    assert problem.expected == "an integer, 1 or more" and problem.repair
+
+
+@pytest.mark.parametrize(
+    ("changes", "actual"),
+    [
+        ({"hidden_size": None}, "hidden_size is null"),
+        ({"hidden_size": 66}, "hidden_size=66"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings="false"'),
+        ({"attention_bias": 1}, "attention_bias=1"),
+        ({"mlp_bias": None}, "mlp_bias=null"),
+        ({"layer_types": ["full_attention"]}, 'layer_types=["full_attention"]'),
+        ({"layer_types": "full_attention"}, 'layer_types="full_attention"'),
+        ({"model_type": "gemma2", "final_logit_softcapping": "30"}, 'final_logit_softcapping="30"'),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers=-1",
+        ),
+        ({"model_type": ["llama"]}, "a model of type"),
+        ({"model_type": None}, "a model of type"),
+        ({"model_type": "gemma3"}, "text_config.hidden_size"),
+        ({"model_type": "gemma3", "text_config": [1]}, "text_config=[1]"),
+        ({"model_type": "gemma3", "vision_config": "siglip"}, 'vision_config="siglip"'),
+        ({"model_type": "gemma3", "vision_config": {"patch_size": 0}}, "vision_config.patch_size=0"),
+    ],
+)
+def test_invalid_values_are_refused(changes: dict[str, Any], actual: str) -> None:
+    sizes = config_sizes("llama", 64, 128, 2, heads=4, num_key_value_heads=2)
+    config = sizes | {"text_config": {**sizes, "hidden_size": "x"}} | changes
+    with pytest.raises(UserError) as caught:
+        Architecture.from_config(config)
+    assert any(actual in problem.actual for problem in caught.value.problems)
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    config = config_sizes("llama", -64, 128, 2, heads=4) | {"vocab_size": "many", "mlp_bias": 2}
+    with pytest.raises(UserError) as caught:
+        Architecture.from_config(config)
+    assert len(caught.value.problems) == 3
+
+
+def test_layer_types_tell_which_layers_slide() -> None:
+    config = config_sizes("qwen3", 64, 128, 3, heads=4, head_dim=16, num_key_value_heads=2)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    sliding = {"use_sliding_window": True, "sliding_window": 32, "layer_types": kinds}
+    assert Architecture.from_config(config | sliding).sliding_layers == 2
 
 
 def test_planning_imports_no_torch() -> None:

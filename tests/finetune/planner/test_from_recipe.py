@@ -6,17 +6,11 @@ from typing import Any
 
 import pytest
 
-from finetune.planner import from_recipe
 from finetune.planner.architecture import Architecture
-from finetune.planner.from_recipe import (
-    ARCHITECTURES,
-    load_architecture,
-    load_base_config,
-    planned_adapter,
-    recipe_workload,
-)
+from finetune.planner.from_recipe import load_architecture, planned_adapter, recipe_workload
 from finetune.planner.parameter_count import count_trainable_parameters
-from finetune.recipe import yaml_file
+from finetune.recipe import base_config, yaml_file
+from finetune.recipe.base_config import ARCHITECTURES, load_base_config
 from finetune.recipe.bases import load_bases
 from finetune.recipe.discovery import ADAPTERS, adapter_settings, plugin_names
 from finetune.recipe.errors import UserError
@@ -135,7 +129,7 @@ def test_cached_models_are_read_from_the_hub_cache(tmp_path: Path, monkeypatch: 
     file.write_text(json.dumps({"model_type": "qwen3"}))
     requests: list[Any] = []
     monkeypatch.setattr(
-        from_recipe,
+        base_config,
         "try_to_load_from_cache",
         lambda *words, **more: requests.append((words, more)) or str(file),
     )

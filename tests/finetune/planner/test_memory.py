@@ -8,21 +8,29 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.optimization import Adafactor
 
 from finetune.planner import decoder
+from finetune.planner.adapted_linears import AdaptedLinears
 from finetune.planner.architecture import Architecture, LinearShape
 from finetune.planner.attention import kv_cache_bytes
 from finetune.planner.memory import CATEGORIES, Phase, peak_phase, plan_memory
 from finetune.planner.parameter_count import count_trainable_parameters
 from finetune.planner.static_memory import base_bytes, optimizer_bytes, quantized_bytes, static_memory
+from finetune.planner.tape import Tape
 from finetune.planner.train_step import simulate_forward, simulate_train_step
 from finetune.planner.workload import Adapter, GenerationBatch, Workload
+from finetune.recipe.base_config import StoredQuantization
 
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
 LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008}
 LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+
+
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64}
+VISION |= {"num_hidden_layers": 2, "num_attention_heads": 2, "vision_use_head": False}
 
 
 def workload(config: dict[str, Any] = SMALL, **sizes: Any) -> Workload:
@@ -43,6 +51,55 @@ def test_quantized_weight_bytes_match_bitsandbytes(sizes: tuple[int, int]) -> No
     assert quantized_bytes(layer, "nf4", plan) == stored_bytes
     int8_weight = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False).to("cpu").weight
     assert quantized_bytes(layer, "int8", plan) == int8_weight.numel() + int8_weight.SCB.numel() * 4
+
+
+def test_stored_quantization_is_planned_as_stored() -> None:
+    """Without double quantization, in float32, and with layers that the file leaves unquantized."""
+    real = Linear4bit(256, 512, bias=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    state, stored = real.weight.quant_state, StoredQuantization("bitsandbytes", "nf4", "nf4")
+    plan = workload(quantization="nf4", stored=stored)
+    tensors = [real.weight, state.code, state.absmax]
+    stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert quantized_bytes(LinearShape("one", 256, 512, False, 1), "nf4", plan) == stored_bytes
+    skipping = replace(stored, skip_modules=("lm_head", "model.layers.1", r"model\.layers\.[45]\.mlp"))
+    layers = {layer.name: layer for layer in plan.architecture.linear_layers()}
+    savings = {
+        name: quantized_bytes(layer, "none", plan) - quantized_bytes(layer, "nf4", plan)
+        for name, layer in layers.items()
+    }
+    mlp = savings["gate_proj"] + savings["up_proj"] + savings["down_proj"]
+    expected = base_bytes(plan) + sum(savings.values()) + 2 * mlp
+    assert base_bytes(replace(plan, stored=skipping)) == expected
+    # A base that names no compute dtype multiplies in float32: two casts, and the weight twice.
+    bfloat16 = replace(stored, compute_dtype="bfloat16")
+    widths = [AdaptedLinears(Tape(), replace(plan, stored=which)) for which in (bfloat16, stored)]
+    narrow, wide = (linears.dequantized_bytes(layers["up_proj"]) for linears in widths)
+    numel = layers["up_proj"].in_features * layers["up_proj"].out_features
+    assert (narrow, wide) == (2 * numel, (2 + 4) * numel)
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        (SMALL, "model.layers"),
+        (SMALL | {"model_type": "gpt_neox"}, "gpt_neox.layers"),
+        (
+            {"model_type": "gemma3", "text_config": SMALL, "vision_config": VISION},
+            "model.language_model.layers",
+        ),
+    ],
+)
+def test_module_names_are_those_of_transformers(config: dict[str, Any], prefix: str) -> None:
+    architecture = Architecture.from_config(config)
+    if "text_config" in config:
+        config = {**config, "text_config": {**SMALL, "model_type": "gemma3_text"}}
+    auto_class = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto_class.from_config(AutoConfig.for_model(**config))
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {name for layer in architecture.linear_layers() for name in architecture.module_names(layer)}
+    assert names == linears - {"lm_head", "embed_out"}
+    assert f"{prefix}.0" in {name.rsplit(".", 2)[0] for name in names}
 
 
 def test_base_bytes() -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from finetune.distributed.hardware import GPUS, cpu_device, device_by_name
 from finetune.planner.architecture import Architecture
-from finetune.planner.from_recipe import load_base_config
 from finetune.planner.speed import (
     compute_seconds,
     forward_flops,
@@ -16,6 +15,7 @@ from finetune.planner.speed import (
     training_flops,
 )
 from finetune.planner.workload import Adapter, GenerationBatch, Workload
+from finetune.recipe.base_config import load_base_config
 
 LLAMA = Architecture.from_config(load_base_config("llama-2-7b"))
 STEP = Workload(LLAMA, seq_len=1024)

@@ -7,6 +7,7 @@ import pytest
 from fixture_types import Tune
 
 from finetune.distributed.hardware import GIB, Hardware, detect_hardware, peak_memory_bytes
+from finetune.recipe.base_config import StoredQuantization
 from finetune.recipe.discovery import adapter_settings
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
@@ -111,6 +112,32 @@ def test_quantization() -> None:
     assert auto_values.quantization("auto", ("nf4", "int8"))[0] == "nf4"
     assert auto_values.quantization("auto", ("none",))[0] == "none"
     assert auto_values.quantization("int8", ("nf4", "int8")) == ("int8", "as requested")
+
+
+def test_stored_quantization_is_kept() -> None:
+    stored = StoredQuantization("bitsandbytes", "nf4", "nf4")
+    assert auto_values.quantization("auto", ("none", "nf4"), stored)[0] == "nf4"
+    assert auto_values.quantization("nf4", ("none", "nf4"), stored)[0] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("requested", "supported", "stored", "where"),
+    [
+        ("none", ("none", "nf4"), ("bitsandbytes", "nf4"), "model.quantization"),
+        ("int8", ("none", "nf4", "int8"), ("bitsandbytes", "nf4"), "model.quantization"),
+        ("auto", ("none",), ("bitsandbytes", "nf4"), "model.base"),
+        ("auto", ("none", "nf4"), ("bitsandbytes", "int8"), "model.base"),
+        ("auto", ("none", "nf4", "int8"), ("gptq", ""), "model.base"),
+        ("nf4", ("none", "nf4", "int8"), ("fp8", ""), "model.base"),
+    ],
+)
+def test_contradictions_with_the_stored_quantization_are_refused(
+    requested: str, supported: tuple[str, ...], stored: tuple[str, Any], where: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        auto_values.quantization(requested, supported, StoredQuantization(*stored))
+    [problem] = caught.value.problems
+    assert problem.where == where and stored[0] in f"{problem.actual} {problem.expected}" and problem.repair
 
 
 def test_this_machine_is_detected_by_name_and_memory() -> None:
