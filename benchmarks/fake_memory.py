@@ -41,10 +41,13 @@ from finetune.training.model import DTYPES, configure_score_heads, unwrap_model
 
 aten = torch.ops.aten
 BaseConfig = Mapping[str, Any]
+FREED = -1
 
 
 class StorageLedger(TorchDispatchMode):
-    """Counts the bytes of all live storages.
+    """Counts the bytes of all live storages, and records their allocation and release in order.
+
+    ``events`` has (number of the storage, its bytes) for an allocation and (number, FREED) for a release.
 
     A number that depends on data (the count of true elements of a mask) is always ``num_true``.
     """
@@ -55,6 +58,8 @@ class StorageLedger(TorchDispatchMode):
         self.live = self.peak = 0
         self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.random_keys: set[int] = set()
+        self.events: list[tuple[int, int]] = []
+        self.num_storages = 0
 
     def reset_peak(self) -> None:
         """Reset the peak."""
@@ -68,13 +73,18 @@ class StorageLedger(TorchDispatchMode):
         if key in self.storages or tensor.device.type == "meta":
             return
 
+        self.num_storages += 1
+        number = self.num_storages
+
         def on_free(_: object) -> None:
+            self.events.append((number, FREED))
             if self.storages.pop(key, None) is not None:
                 self.live -= nbytes
                 self.random_keys.discard(key)
 
         # A weak reference does not prolong the storage's life and reports its end.
         self.storages[key] = weakref.ref(storage, on_free)
+        self.events.append((number, nbytes))
         self.live += nbytes
         self.peak = max(self.peak, self.live)
 
@@ -198,7 +208,7 @@ def measure_step(case: MemoryCase) -> MeasuredMemory:
     ledger = StorageLedger(case.predicted)
     # Library code creates real constant tensors, which FakeTensorMode rejects by default.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        _materialize(model)
+        materialize(model)
         reference = ReferencePolicy(model.policy) if isinstance(model, ActorCritic) else None
         # Garbage in reference cycles would count as live.
         gc.collect()
@@ -228,7 +238,7 @@ def _build_model(case: MemoryCase) -> nn.Module:
     model_class = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
     if case.objective == "scores":
         configure_score_heads(config, ["score"])
-    with torch.device("meta"), _answer_zero_for_meta():
+    with torch.device("meta"), answer_zero_for_meta():
         # Softcapped attention scores (Gemma 2) need the eager implementation, as in the plan.
         attention = "eager" if Architecture.from_config(case.config).eager else case.attention
         base: PreTrainedModel = model_class.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -244,7 +254,7 @@ def _build_model(case: MemoryCase) -> nn.Module:
 
 
 @contextmanager
-def _answer_zero_for_meta() -> Iterator[None]:
+def answer_zero_for_meta() -> Iterator[None]:
     """Return 0 where library code reads a number from a meta tensor, which has no data."""
 
     class ZeroForMeta(TorchDispatchMode):
@@ -258,7 +268,7 @@ def _answer_zero_for_meta() -> Iterator[None]:
         yield
 
 
-def _materialize(model: nn.Module) -> None:
+def materialize(model: nn.Module) -> None:
     """Allocate parameters and buffers on the CPU; shared ones stay shared."""
     weights: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):

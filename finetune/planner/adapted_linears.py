@@ -37,6 +37,16 @@ class AdaptedLinears:
         model = self.workload.architecture
         return self.tape.parameter(model.vocab_size * model.hidden_size)
 
+    @cached_property
+    def token_rows(self) -> Tensor:
+        """Return the rows of the embeddings that trainable_tokens trains."""
+        return self.tape.parameter(self.adapter.tokens * self.workload.architecture.hidden_size)
+
+    def token_table(self) -> Tensor:
+        """Return a copy of the embeddings with the trained rows, which PEFT makes in every pass."""
+        model = self.workload.architecture
+        return self.tape.apply([self.token_rows], model.vocab_size * model.hidden_size, self.itemsize)
+
     @property
     def output_head(self) -> Tensor:
         """Return the trained output head in the compute dtype."""
@@ -219,12 +229,7 @@ class AdaptedLinears:
         numel = layer.in_features * layer.out_features
         states_fp32 = self.to(states, 4)
         dropped_states = self.apply_dropout(states_fp32)
-        product = tape.allocate(numel, 4)  # B A
-        # PEFT computes B A from an identity matrix as x; under autocast 16-bit copies are made too
-        # (itemsize % 4 is 2 then, and 0 in float32).
-        tape.allocate_temporary(
-            4 * layer.in_features**2 + (self.itemsize % 4) * (layer.in_features**2 + numel)
-        )
+        product = self.dora_product(layer)
         # W in float32 for the norm; a plain float32 weight is read where it is.
         weight = tape.allocate(0 if self.itemsize == 4 and not self.dequantized_bytes(layer) else numel, 4)
         # W + s B A and a temporary for its column norms.
@@ -237,6 +242,8 @@ class AdaptedLinears:
             )
             base_output = tape.apply([inputs], base.numel, self.itemsize, saved_for_backward=[weight_copy])
             tape.release(inputs, weight_copy)
+        elif layer.bias:
+            base_output = tape.apply([base], base.numel, base.itemsize, aliased=True)  # W x without the bias
         else:
             tape.retain(base)
             base_output = base
@@ -254,10 +261,26 @@ class AdaptedLinears:
         delta = tape.apply([scaled_delta], scaled_delta.numel, 4)
         tape.release(scaled_delta)
         update = self.add(scaled_base, delta)
-        tape.release(scaled_base, delta, base_output, outer, weight, product, dropped_states, states_fp32)
+        tape.release(scaled_base, delta, base_output, outer, weight, *product, dropped_states, states_fp32)
         output = self.add(base, update)
         tape.release(update)
         return self.replace_output(base, output)
+
+    def dora_product(self, layer: LinearShape) -> list[Tensor]:
+        """Return B A in float32, and the identity matrix that PEFT computes it from.
+
+        The identity is A's input, so the graph of B A saves it, in the compute dtype, as long as B A exists.
+        """
+        tape, numel = self.tape, layer.in_features * layer.out_features
+        identity = tape.allocate(layer.in_features**2, self.itemsize)
+        if self.itemsize == 4:
+            return [identity, tape.allocate(numel, 4)]
+        identity_fp32 = tape.allocate(layer.in_features**2, 4)
+        product = tape.allocate(numel, self.itemsize)
+        tape.release(identity_fp32)
+        product_fp32 = tape.allocate(numel, 4)
+        tape.release(product)
+        return [identity, product_fp32]
 
     def vera(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
         """Return W x + b * (B (d * (A x))) (VeRA) and release W x.

@@ -117,7 +117,7 @@ class Estimate:
 def estimate(workload: Workload) -> Estimate:
     """Return what a run takes whose optimizer steps are like this one.
 
-    Only tensors are counted: the CUDA context and the fragmentation of the allocator are not included.
+    The CUDA context is not included; on a GPU the allocator's share is.
 
     Raises:
         UserError: the adapter's size is unknown.

@@ -65,9 +65,7 @@ def embed_tokens(linears: AdaptedLinears) -> Tensor:
     if adapter.full_finetuning:
         return tape.apply([linears.embeddings], numel, 4)
     if adapter.method == "trainable_tokens":
-        rows = tape.parameter(adapter.tokens * model.hidden_size)
-        # PEFT builds a full embedding matrix with the trained rows in every pass.
-        table = tape.apply([rows], model.vocab_size * model.hidden_size, workload.itemsize)
+        table = linears.token_table()
         states = tape.apply([table], numel, workload.itemsize)
         tape.release(table)
         return states
@@ -92,7 +90,13 @@ def compute_logits(linears: AdaptedLinears, states: Tensor) -> Tensor:
     inputs = linears.to(predicted_states, workload.itemsize)
     tape.release(predicted_states)
     # A frozen head saves nothing: its gradient for the states needs the weight alone.
-    weight = [linears.output_head] if workload.adapter.full_finetuning else []
+    table = (
+        [linears.token_table()]
+        if workload.adapter.method == "trainable_tokens" and model.tied_embeddings
+        else []
+    )
+    # PEFT makes a copy of the embeddings for a tied head too.
+    weight = [linears.output_head] if workload.adapter.full_finetuning else table
     saved = [inputs, *weight] if weight else []
     logits = tape.apply(
         [inputs, *weight],
@@ -101,7 +105,7 @@ def compute_logits(linears: AdaptedLinears, states: Tensor) -> Tensor:
         saved_for_backward=saved,
         category=LOGITS_CATEGORY,
     )
-    tape.release(inputs)
+    tape.release(inputs, *table)
     if model.softcap:
         logits = softcap_logits(tape, logits)
     if workload.objective == "ppo" or not tape.grad_enabled:

@@ -40,3 +40,10 @@ def test_checkpointing_accumulation_and_float32() -> None:
     assert error(LLAMA, checkpointing=True) < MAX_ERROR
     assert error(LLAMA, {"method": "full"}, accumulation_steps=2) < MAX_ERROR
     assert error(LLAMA, precision="float32") < MAX_ERROR
+
+
+def test_trained_tokens_of_a_tied_head() -> None:
+    """PEFT copies the embeddings twice: for the input, and for the head that shares them."""
+    tied = LLAMA | {"tie_word_embeddings": True, "vocab_size": 20_000}
+    for options in ({}, {"objective": "comparison", "masked": True}, {"precision": "float32"}):
+        assert error(tied, {"method": "trainable_tokens", "tokens": [1, 2]}, **options) < 0.3
