@@ -1,10 +1,10 @@
 """The algorithm of PyTorch's CUDA caching allocator, replayed on a recorded stream of allocations.
 
-Follows c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of PyTorch 2.13 with its default settings
-(one stream, no expandable segments): sizes are rounded to 512 bytes; up to 1 MiB is served from segments of
-2 MiB, up to 10 MiB from segments of 20 MiB, more from a segment of its own, rounded to 2 MiB. The smallest free
-block that fits is taken, and split if more than 512 bytes (in small segments) or 1 MiB remain. Neighboring
-free blocks are merged.
+Follows c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of PyTorch 2.13 with default settings
+(one stream, no expandable segments). Sizes are rounded to 512 bytes. Up to 1 MiB is served from segments
+of 2 MiB, up to 10 MiB from segments of 20 MiB, more from a segment of its own, rounded to 2 MiB. The smallest
+free block that fits is taken, and split if at least 512 bytes (in small segments) or more than 1 MiB remain.
+Neighboring free blocks are merged.
 """
 
 from bisect import bisect_left, insort

@@ -1,6 +1,6 @@
 """PEFT's published GPU memory of 17 settings, next to their program on fake tensors and the planner's share.
 
-python -m benchmarks.peft_memory     measures all (10 minutes), and writes benchmarks/results/peft-memory-<date>.json
+python -m benchmarks.peft_memory    all, in 10 minutes; writes benchmarks/results/peft-memory-<date>.json
 
 Their program (huggingface/peft, method_comparison/MetaMathQA/run.py) trains Llama-3.2-3B in bfloat16 without
 autocast on 4 rows, and reports ``torch.cuda.max_memory_reserved()``: segments of the caching allocator, not
@@ -49,25 +49,31 @@ SECTION_HEADER = """
 ## PEFT's benchmark: what a GPU reserves
 
 PEFT publishes `torch.cuda.max_memory_reserved()` of Llama-3.2-3B on an L40S with many adapters
-(huggingface/peft at 5d602fd, method_comparison/MetaMathQA/results; PyTorch 2.13). Their program is not ours: it
-runs without autocast, computes logits at all positions, and full fine-tuning stores weights and AdamW's moments
-in bfloat16. So their training step was run on fake tensors (`python -m benchmarks.peft_memory`), and what is compared
-is their tensors plus the planner's share for the allocator. The replay puts each allocation of
+(huggingface/peft at 5d602fd, method_comparison/MetaMathQA/results; PyTorch 2.13). Their program is not ours:
+it runs without autocast, computes logits at all positions, and full fine-tuning stores weights and AdamW's
+moments in bfloat16. So their training step was run on fake tensors (`python -m benchmarks.peft_memory`). What
+is compared is their tensors plus the planner's share for the allocator. The replay puts each allocation of
 that step through the allocator's own algorithm (`benchmarks/caching_allocator.py`). Their longest rows are not
 published: {tokens} tokens are what explains `{fitted}`, and all other rows of the table are predictions.
-Errors are in percent of the published figure. The last column is our own step with the same adapter: the plan's
-tensors in percent of those on fake tensors.
+Errors are in percent of the published figure. The last column is our own step with the same adapter: the
+plan's tensors in percent of those on fake tensors.
 
-| setting | published, GiB | tensors | with the share | error of tensors | error with the share | error of the replay | our step |
+| {columns} |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+COLUMNS = (
+    *("setting", "published, GiB", "tensors", "with the share", "error of tensors", "error with the share"),
+    *("error of the replay", "our step"),
+)
 SECTION_FOOTER = """
-* The peak of a prefix of 200 is not in a training step: it is 1.3 GiB above that of a prefix of 50, while the published 99th
-  percentile over the training steps is only 0.2 GiB higher. The figure includes their evaluation, which generates for 50 rows at
-  once; PEFT expands the prefix to all of them in float32 (2.1 GiB), and casts it then.
-* Full fine-tuning has the largest share. AdamW's temporaries are as large as the weights (6.0 GiB), and the blocks that
-  activations leave do not fit them.
-* Without a call of `torch.cuda.empty_cache()` every 10 steps, as their program has, rows of other lengths leave more fragments.
+* The peak of a prefix of 200 is not in a training step: it is 1.3 GiB above that of a prefix of 50, while
+  the published 99th percentile over the training steps is only 0.2 GiB higher. The figure includes their
+  evaluation, which generates for 50 rows at once; PEFT expands the prefix to all of them in float32 (2.1 GiB),
+  and casts it then.
+* Full fine-tuning has the largest share. AdamW's temporaries are as large as the weights (6.0 GiB), and the
+  blocks that activations leave do not fit them. Its part of the share was chosen by this row and its replay.
+* Without a call of `torch.cuda.empty_cache()` every 10 steps, which their program has, rows of other lengths
+  leave more fragments.
 """
 QV, MLP = ["q_proj", "v_proj"], ["up_proj", "gate_proj", "down_proj"]
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -310,7 +316,9 @@ def planned_tensors(run: PublishedRun) -> int:
 
 def published_section() -> str:
     """Return the section of PUBLISHED.md."""
-    lines = [SECTION_HEADER.format(tokens=ROW_TOKENS, fitted=PUBLISHED_RUNS[0].name)]
+    lines = [
+        SECTION_HEADER.format(tokens=ROW_TOKENS, fitted=PUBLISHED_RUNS[0].name, columns=" | ".join(COLUMNS))
+    ]
     for run, measured in load_results():
         planned = planned_reserved(measured)
         sizes = [f"{nbytes / GIB:.2f}" for nbytes in (run.published, measured.requested, planned)]

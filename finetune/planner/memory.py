@@ -26,9 +26,9 @@ STATIC_CATEGORIES = ("base", "adapter", "optimizer")
 ALLOCATOR_FRACTION = 0.056
 """Bytes that PyTorch's CUDA allocator reserves beyond the tensors, per byte that a step allocates and frees.
 
-Measured, not derived: the mean over 16 adapters of PEFT's benchmark (0.036 to 0.069), whose steps were replayed
-through the allocator's algorithm (benchmarks/peft_memory.py). The row length of that benchmark was chosen by
-one of its published peaks; the others are predictions (benchmarks/PUBLISHED.md).
+Measured, not derived: the mean over 16 adapters of PEFT's benchmark (0.036 to 0.069), whose steps were
+replayed through the allocator's algorithm (benchmarks/peft_memory.py). The row length of that benchmark was
+chosen by one of its published peaks; the others are predictions (benchmarks/PUBLISHED.md).
 """
 STEP_ALLOCATOR_FRACTION = 0.3
 """The same per byte of an optimizer step's temporaries, which are as large as the trained weights and do not
@@ -69,7 +69,7 @@ class Phase:
 def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     """Return the phases of a run in order.
 
-    The CUDA context is not included. On a GPU the allocator's share is, for the phases that train or generate.
+    The CUDA context is not included; on a GPU the allocator's share is, in phases that train or generate.
 
     Raises:
         UserError: the adapter's size is unknown.

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,11 +174,16 @@ def _local_config(base: str, revision: str | None) -> dict[str, Any] | None:
     known = {entry.id: name for name, entry in load_bases().items()}
     # The table has the configs of the default branches; another revision may differ.
     if base_id in known and revision is None:
-        config: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0][known[base_id]]["config"]
-        return config
+        return _known_configs()[known[base_id]]
     cached = try_to_load_from_cache(base_id, "config.json", revision=revision)
     # Neither None (unknown) nor the sentinel of a file that the repository is known to lack.
     return _read_config(Path(cached)) if isinstance(cached, str) else None
+
+
+@cache  # a search for alternatives asks for each of its plans
+def _known_configs() -> dict[str, dict[str, Any]]:
+    content, _ = yaml_file.read_yaml(ARCHITECTURES)
+    return {name: entry["config"] for name, entry in content.items()}
 
 
 def _unknown_base(base: str, base_id: str, revision: str | None) -> Problem:

@@ -72,7 +72,7 @@ def test_allocated_tensors_and_share_are_the_published_peak(run: PublishedRun, m
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_the_share_of_one_half_of_the_settings_predicts_the_other(half: int) -> None:
-    """Measured in replays, without the published figures: the other half's published peaks follow within 2 %."""
+    """Measured in replays alone: the published peaks of the other half follow within 2 %."""
     adapters = [result for result in PEFT_RESULTS if result[0].config[0]]
     shares = [
         (measured.reserved - measured.requested) / (measured.requested - measured.static)
