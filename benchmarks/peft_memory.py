@@ -53,8 +53,8 @@ PEFT publishes `torch.cuda.max_memory_reserved()` of Llama-3.2-3B on an L40S wit
 it runs without autocast, computes logits at all positions, and full fine-tuning stores weights and AdamW's
 moments in bfloat16. So their training step was run on fake tensors (`python -m benchmarks.peft_memory`). What
 is compared is their tensors plus the planner's share for the allocator. The replay puts each allocation of
-that step through the allocator's own algorithm (`benchmarks/caching_allocator.py`). Their longest rows are not
-published: {tokens} tokens are what explains `{fitted}`, and all other rows of the table are predictions.
+that step through the allocator's own algorithm (`benchmarks/caching_allocator.py`). Their longest rows are
+not published: {tokens} tokens are what explains `{fitted}`, and all other rows of the table are predictions.
 Errors are in percent of the published figure. The last column is our own step with the same adapter: the
 plan's tensors in percent of those on fake tensors.
 
@@ -68,8 +68,8 @@ COLUMNS = (
 SECTION_FOOTER = """
 * The peak of a prefix of 200 is not in a training step: it is 1.3 GiB above that of a prefix of 50, while
   the published 99th percentile over the training steps is only 0.2 GiB higher. The figure includes their
-  evaluation, which generates for 50 rows at once; PEFT expands the prefix to all of them in float32 (2.1 GiB),
-  and casts it then.
+  evaluation, which generates for 50 rows at once; PEFT expands the prefix to all of them in float32
+  (2.1 GiB), and casts it then.
 * Full fine-tuning has the largest share. AdamW's temporaries are as large as the weights (6.0 GiB), and the
   blocks that activations leave do not fit them. Its part of the share was chosen by this row and its replay.
 * Without a call of `torch.cuda.empty_cache()` every 10 steps, which their program has, rows of other lengths

@@ -22,7 +22,7 @@ class ConfigValues:
         values: what the section has.
         defaults: of transformers' configuration class.
         section: name of the section; "" for the top level.
-        problems: found so far.
+        problems: those so far.
     """
 
     values: Mapping[str, Any]
@@ -46,9 +46,9 @@ class ConfigValues:
         """Return an integer that a model cannot do without."""
         value = self.values[key] if key in self.values else self.defaults.get(key)
         if value is None:
-            found = "null" if key in self.values else "missing"
+            state = "null" if key in self.values else "missing"
             return self._report(
-                f"config.json: {self._name(key)} is {found}", f"an integer, {minimum} or more", minimum
+                f"config.json: {self._name(key)} is {state}", f"an integer, {minimum} or more", minimum
             )
         return self._integer(key, value, minimum)
 
@@ -62,14 +62,14 @@ class ConfigValues:
         value = self.values.get(key, self.defaults.get(key, False))
         if isinstance(value, bool):
             return value
-        return bool(self._report(self._found(key, value), "true or false", 0))
+        return bool(self._report(self._describe(key, value), "true or false", 0))
 
     def optional_number(self, key: str) -> float | None:
         """Return a positive number; None if it is null, or missing without a default."""
         value = self.values.get(key, self.defaults.get(key))
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
             return value
-        return self._report(self._found(key, value), "a number above 0, or null", 1)
+        return self._report(self._describe(key, value), "a number above 0, or null", 1)
 
     def layer_types(self, num_layers: int) -> list[str] | None:
         """Return the kind of attention of each layer; None if the config has no such list."""
@@ -79,14 +79,14 @@ class ConfigValues:
         is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
         if is_list and len(value) == num_layers:
             return list(value)
-        self._report(self._found("layer_types", value), f"a list of {num_layers} names", 0)
+        self._report(self._describe("layer_types", value), f"a list of {num_layers} names", 0)
         return None
 
     def require(self, valid: bool, key: str, expected: str) -> None:
         """Report a value that contradicts another one, unless one of both has been reported already."""
         if not valid and not self.problems:
             value = self.values.get(key, self.defaults.get(key))
-            self._report(self._found(key, value), expected, 0)
+            self._report(self._describe(key, value), expected, 0)
 
     def check(self) -> None:
         """Raise UserError with all problems, if there are any."""
@@ -97,7 +97,7 @@ class ConfigValues:
         # bool is a subclass of int.
         if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MAX_SIZE:
             return value
-        return self._report(self._found(key, value), f"an integer, {minimum} or more", minimum)
+        return self._report(self._describe(key, value), f"an integer, {minimum} or more", minimum)
 
     def _report(self, actual: str, expected: str, substitute: int) -> int:
         """Record a problem, and return a valid value so that the others can be checked too."""
@@ -110,7 +110,7 @@ class ConfigValues:
     def _name(self, key: str) -> str:
         return f"{self.section}.{key}" if self.section else key
 
-    def _found(self, key: str, value: Any) -> str:
+    def _describe(self, key: str, value: Any) -> str:
         return f"config.json has {self._name(key)}={_short_json(value)}"
 
 
