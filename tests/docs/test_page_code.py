@@ -39,7 +39,7 @@ RUN_FOLDERS += ("pretrain-in-house-5e6f7a8b", "kto-kto-mix-1a2b3c4d", "dpo-quick
 FIT_STATUS = (0, 3)
 SFT = {"instruction": "Add the numbers.", "input": "# 2", "output": "The sum is #."}
 CHAT = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
-PAIR = {"prompt": "Write a story.", "chosen": "# and # were happy.", "rejected": "# was sad."}
+PAIR = {"prompt": "Write story #.", "chosen": "# and # were happy.", "rejected": "# was sad."}
 FILES: dict[str, dict[str, object]] = {
     "my.jsonl": dict(SFT),
     "instructions.jsonl": dict(SFT),
@@ -48,12 +48,14 @@ FILES: dict[str, dict[str, object]] = {
     "tools.jsonl": {"messages": CHAT, "tools": None},
     "general.jsonl": {"text": "A text."},
     "pairs.jsonl": dict(PAIR),
-    "ranked.jsonl": {"prompt": "Say hi.", "responses": ["hi", "hello"], "scores": [1, 2]},
-    "thumbs.jsonl": {"prompt": "Say hi.", "completion": "hi", "label": True},
-    "prompts.jsonl": {"prompt": "Say hi."},
-    "questions.jsonl": {"prompt": "1 + 1?", "answer": "2"},
+    "ranked.jsonl": {"prompt": "Say hi #.", "responses": ["hi", "hello"], "scores": [1, 2]},
+    "thumbs.jsonl": {"prompt": "Say hi #.", "completion": "hi", "label": True},
+    "prompts.jsonl": {"prompt": "Say hi #."},
+    "questions.jsonl": {"prompt": "1 + #?", "answer": "2"},
 }
-"""Files of the reader that the pages name: one row, written eight times, with its number for `#`."""
+"""Files of the reader that the pages name: one row, written many times, with its number for `#`."""
+NUM_ROWS = 300
+"""More than any recipe holds out: a dry run reads the rows."""
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,10 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the files and finished runs that the pages speak of."""
     folder = tmp_path_factory.mktemp("reader")
     for name, row in FILES.items():
-        lines = (json.dumps(row).replace("#", str(number)) + "\n" for number in range(8))
+        lines = (json.dumps(row).replace("#", str(number)) + "\n" for number in range(NUM_ROWS))
         (folder / name).write_text("".join(lines), encoding="utf-8")
-    (folder / "my.csv").write_text("instruction,input,output\n" + "Add.,1 2,3\n" * 8, encoding="utf-8")
-    (folder / "qa.csv").write_text("Q,A\n" + "1 + 1?,2\n" * 8, encoding="utf-8")
+    (folder / "my.csv").write_text("instruction,input,output\n" + "Add.,1 2,3\n" * NUM_ROWS, encoding="utf-8")
+    (folder / "qa.csv").write_text("Q,A\n" + "1 + 1?,2\n" * NUM_ROWS, encoding="utf-8")
     (folder / "corpus").mkdir()
     for name in ("a.txt", "b.md"):
         (folder / "corpus" / name).write_text("A text. " * 40, encoding="utf-8")
