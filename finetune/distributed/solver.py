@@ -14,11 +14,11 @@ from finetune.distributed import strategies
 from finetune.distributed.strategies import STRATEGIES
 from finetune.recipe.base_config import load_stored_quantization
 from finetune.recipe.compatibility import Rule, union
-from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
+from finetune.recipe.discovery import ADAPTERS, adapter_traits, plugin_names, stage_names
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import DEFAULT_ORIGIN, Recipe
 from finetune.recipe.rules import RULES, adapter_properties, adapter_rules, rules_of, stage_rules
-from finetune.recipe.settings import AdapterSettings, ModelSettings
+from finetune.recipe.settings import AdapterSettings, StageSettings
 
 VerdictKind = Literal["works", "changed", "incompatible"]
 SOLVER_ORIGIN = "solver"
@@ -266,7 +266,7 @@ def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
     return Combination(
         stage=recipe.stage,
         adapter=settings.adapter.method,
-        quantization=_stored_or_requested(settings.model),
+        quantization=_stored_or_requested(settings),
         precision=settings.model.precision,
         strategy=settings.train.strategy,
         processes=target.processes,
@@ -279,13 +279,19 @@ def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
     )
 
 
-def _stored_or_requested(model: ModelSettings) -> str:
-    """Return the base's quantization: what its own files have, or the recipe's value."""
-    if model.quantization != "auto":
-        return model.quantization
+def _stored_or_requested(settings: StageSettings) -> str:
+    """Return the base's quantization: what its own files have, or the recipe's value.
+
+    Raises:
+        UserError: the recipe cannot train on the base as it is stored.
+    """
+    model = settings.model
     stored = load_stored_quantization(model.base, model.revision)
     # Formats that no setting names are refused where the base is planned.
-    return model.quantization if stored is None else stored.quantization or model.quantization
+    if stored is None or not stored.quantization:
+        return model.quantization
+    stored.check(model.quantization, adapter_traits(settings.adapter.method).quantization)
+    return stored.quantization
 
 
 def needs_two_passes(adapter: AdapterSettings) -> bool:

@@ -65,6 +65,27 @@ class StoredQuantization:
             for pattern in self.skip_modules or ()
         )
 
+    def check(self, requested: str, supported: tuple[str, ...]) -> None:
+        """Raise UserError if a recipe cannot train on the base as it is stored.
+
+        Args:
+            requested: the recipe's ``model.quantization``.
+            supported: the adapter's quantizations.
+        """
+        actual = f"the base is stored in {self}"
+        if not self.quantization:
+            expected = "unquantized weights, or bitsandbytes in 4 or 8 bits"
+            repair = "the unquantized base of the same model; model.quantization=nf4 stores it in 4 bits"
+            raise UserError(Problem("model.base", actual, expected, repair))
+        if requested not in ("auto", self.quantization):
+            repair = f"model.quantization={self.quantization}, or the unquantized base of the same model"
+            expected = f"{self.quantization} or auto: {actual}"
+            raise UserError(Problem("model.quantization", f"found {requested}", expected, repair))
+        if self.quantization not in supported:
+            expected = f"a base in {', '.join(supported)}: the adapter's quantizations"
+            repair = "the unquantized base of the same model, or adapter.method=qlora"
+            raise UserError(Problem("model.base", actual, expected, repair))
+
 
 def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """Return a base model's config.json; known bases are in our table.

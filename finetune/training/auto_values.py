@@ -172,20 +172,8 @@ def quantization(
     """
     if stored is None:
         return (supported[0], "the adapter's default") if requested == "auto" else (requested, "as requested")
-    actual = f"the base is stored in {stored}"
-    if not stored.quantization:
-        expected = "unquantized weights, or bitsandbytes in 4 or 8 bits"
-        repair = "the unquantized base of the same model; model.quantization=nf4 stores it in 4 bits"
-        raise UserError(Problem("model.base", actual, expected, repair))
-    if requested not in ("auto", stored.quantization):
-        repair = f"model.quantization={stored.quantization}, or the unquantized base of the same model"
-        expected = f"{stored.quantization} or auto: {actual}"
-        raise UserError(Problem("model.quantization", f"found {requested}", expected, repair))
-    if stored.quantization not in supported:
-        expected = f"a base in {', '.join(supported)}: the adapter's quantizations"
-        repair = "the unquantized base of the same model, or adapter.method=qlora"
-        raise UserError(Problem("model.base", actual, expected, repair))
-    return stored.quantization, actual
+    stored.check(requested, supported)
+    return stored.quantization, f"the base is stored in {stored}"
 
 
 def precision_and_quantization(settings: StageSettings, hardware: Hardware) -> dict[str, Choice]:
