@@ -14,6 +14,7 @@ from align.rl.prompt_rows import PromptRows, PromptTurns, RawPrompt
 from align.rl.settings import PromptSettings
 from data_templates.segments import Message, TemplateError
 from finetune.data.conversation import Conversation, with_control_suffix
+from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
 from finetune.data.pipeline import MAX_TRAIN_SAMPLES, EncodedIndex, EncodedRows, prepare
 from finetune.data.report import DataReport
@@ -203,8 +204,10 @@ class TokenizedPrompts:
     def encode(self, rows: Rows[RawPrompt], index: EncodedIndex, report: DataReport) -> Arrays:
         """Return the ids of all prompts, and where each begins."""
         flat_ids, offsets = array("i"), array("q", [0])
+        lost_characters = LostCharacters(self.encoder.tokenizer)
         for start in range(0, len(rows), CHUNK_SIZE):
             chunk = list(rows[start : start + CHUNK_SIZE])
+            lost_characters.add(((row.location, row.prompt) for row in chunk), report)
             # A policy trained with control tokens (chain of hindsight) expects its suffix in every prompt.
             prompts = [with_control_suffix(row.prompt, self.encoder.control_suffix) for row in chunk]
             encoded_chunk = self.encoder.encode_many(prompts)
@@ -214,6 +217,7 @@ class TokenizedPrompts:
                     flat_ids.extend(ids)
                     offsets.append(len(flat_ids))
                     index.add(row_id, row.location, row.source_index)
+        report.notes += lost_characters.notes()
         return {"input_ids": as_array(flat_ids, np.int32), "offsets": as_array(offsets, np.int64)}
 
     def _truncated_ids(

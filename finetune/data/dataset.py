@@ -21,6 +21,7 @@ from data_templates.segments import REPLY_ROLES, Message, TemplateError, lift_th
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
 from finetune.data.conversation_rows import ConversationRows, no_usable_rows
+from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
 from finetune.data.pipeline import EncodedData, EncodedIndex, EncodedRows, encode_splits, prepare
 from finetune.data.report import DataReport
@@ -149,8 +150,10 @@ class Conversations:
     def encode(self, rows: Rows[Conversation], index: EncodedIndex, report: DataReport) -> Arrays:
         """Return token ids, loss mask and offsets."""
         ids, loss_mask, offsets = array("i"), bytearray(), array("q", [0])
+        lost_characters = LostCharacters(self.encoder.tokenizer)
         for start in range(0, len(rows), CHUNK_SIZE):
             chunk = list(rows[start : start + CHUNK_SIZE])
+            lost_characters.add(((row.location, row.messages) for row in chunk), report)
             parts = [part for row_id, row in enumerate(chunk) for part in self._parts(row_id, row, report)]
             encoded_parts = self.encoder.encode_many([part.messages for part in parts])
             for part, encoded in zip(parts, encoded_parts, strict=True):
@@ -162,6 +165,7 @@ class Conversations:
                 loss_mask += bytes(targets)
                 offsets.append(len(ids))
                 index.add(start + part.row_id, row.location, row.source_index)
+        report.notes += lost_characters.notes()
         return {
             # Half the size of int64, and enough for the ids of any vocabulary.
             "input_ids": as_array(ids, np.int32),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from typing import Any
 
 KEPT = "\n\t"
@@ -64,7 +65,8 @@ def code_point(character: str) -> str:
     é (U+00E9) U+001B
     """
     code = f"U+{ord(character):04X}"
-    return f"{character} ({code})" if character.isprintable() and not character.isspace() else code
+    has_glyph = character.isprintable() and not character.isspace() and not unicodedata.combining(character)
+    return f"{character} ({code})" if has_glyph else code
 
 
 def _python_escape(match: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from align.preference.rows.comparisons import Comparison
 from data_templates.segments import Message, TemplateError
+from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
 from finetune.data.pipeline import EncodedIndex
 from finetune.data.report import DataReport
@@ -62,8 +63,10 @@ def encode_comparisons(
     """Return the arrays of ``PreferenceGroups``; ``index`` receives the rows that are used."""
     flat, offsets, prompt_index = array("i"), array("q", [0]), array("q", [0])
     scores, ranks, margins = array("d"), array("i"), array("d")
+    lost_characters = LostCharacters(encoder.tokenizer)
     for start in range(0, len(rows), CHUNK_SIZE):
         chunk = list(rows[start : start + CHUNK_SIZE])
+        lost_characters.add(((row.location, [*row.prompt, *row.replies]) for row in chunk), report)
         for row_id, (row, encoded) in enumerate(zip(chunk, _encode_rows(chunk, encoder), strict=True), start):
             prompt_and_completions = _split_prompt_completions(encoded, encoder, row.location, report)
             truncated = prompt_and_completions and _truncate_row(
@@ -82,6 +85,7 @@ def encode_comparisons(
             ranks.extend(kept_ranks.index(rank) for rank in kept_ranks)
             margins.append(row.margin)
             index.add(row_id, row.location, row.source)
+    report.notes += lost_characters.notes()
     return {
         "input_ids": as_array(flat, np.int32),
         "offsets": as_array(offsets, np.int64),
