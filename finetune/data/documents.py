@@ -25,6 +25,7 @@ from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.recipe.discovery import local_path
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings, DocumentSettings
 
 PACKING_WINDOW = 512
@@ -160,7 +161,7 @@ def _hold_out_tail(path: Path, settings: DocumentSettings, encoder: Encoder, see
         actual = f"the last {settings.held_out:.0%} of {path} has no complete line"
         raise UserError(Problem("data.held_out", actual, "lines to evaluate on", "raise data.held_out"))
     halves = [
-        settings.model_copy(update={"source": [{"text": half}], "held_out": 0})
+        settings.model_copy(update={"source": PythonRows.of([{"text": half}]), "held_out": 0})
         for half in (text[:split_at], text[split_at:])
     ]
     train, tail = (prepare_conversations(half, encoder, max_length=NO_LIMIT, seed=seed) for half in halves)

@@ -52,8 +52,8 @@ class LostCharacters:
             return
         pattern = re.compile(f"[{re.escape(''.join(lost))}]")
         for location, texts in located:
-            found = {character for text in texts for character in pattern.findall(text)}
-            kinds = {lost[character].kind for character in found}
+            characters = {character for text in texts for character in pattern.findall(text)}
+            kinds = {lost[character].kind for character in characters}
             for kind in sorted(kinds):
                 report.count(LABELS[kind].format(unk=self.tokenizer.unk_token), location)
 
@@ -61,14 +61,14 @@ class LostCharacters:
         """Return one line per kind of loss: the characters with their counts, the most frequent first."""
         lines = []
         for kind in (UNKNOWN, REMOVED, REPLACED):
-            found = {c: n for c, n in self.counts.items() if (loss := self.tested[c]) and loss.kind == kind}
-            if not found:
+            counts = {c: n for c, n in self.counts.items() if (loss := self.tested[c]) and loss.kind == kind}
+            if not counts:
                 continue
-            order = sorted(found, key=lambda character: (-found[character], character))
-            names = [f"{self._name(character)} {found[character]:,}" for character in order[:NAMED]]
+            order = sorted(counts, key=lambda character: (-counts[character], character))
+            names = [f"{self._name(character)} {counts[character]:,}" for character in order[:NAMED]]
             names += [f"{len(order) - NAMED:,} others"] if len(order) > NAMED else []
             label = kind.format(unk=self.tokenizer.unk_token)
-            lines.append(f"characters that {label}: {sum(found.values()):,} ({', '.join(names)})")
+            lines.append(f"characters that {label}: {sum(counts.values()):,} ({', '.join(names)})")
         return lines
 
     def _name(self, character: str) -> str:

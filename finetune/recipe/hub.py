@@ -1,4 +1,4 @@
-"""One request to the Hub before libraries use it: who cannot be reached or does not exist is told at once.
+"""One request to the Hub before libraries use it, so that a wrong name or no network fails at once.
 
 The libraries retry each of their requests for half a minute, and look for many files.
 """

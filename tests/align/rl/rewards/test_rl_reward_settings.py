@@ -12,6 +12,7 @@ from reward_sections import RewardedSettings, rewards, stage
 from align.rl.rewards.settings import REWARD_RULES, RewardsSettings, has_rewards_section, reward_run_folder
 from finetune.recipe.compatibility import problems_of
 from finetune.recipe.errors import UserError
+from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import recipe_properties
 from finetune.training.run_directory import run_fingerprint
@@ -182,7 +183,7 @@ def test_circular_recipe_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def digest(base: Path, section: RewardsSettings) -> str:
     settings = stage(base, section)
-    data = settings.data.model_copy(update={"source": [{"prompt": "p"}]})
+    data = settings.data.model_copy(update={"source": PythonRows.of([{"prompt": "p"}])})
     settings = settings.model_copy(update={"data": data})
     assert isinstance(settings, RewardedSettings)
     return Recipe("rejection", "x", "", settings, {}).digest(run_fingerprint(settings))
