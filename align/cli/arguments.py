@@ -22,7 +22,7 @@ from align.default_recipe import default_recipe
 from align.rl.rewards.settings import has_rewards_section
 from finetune.recipe.discovery import stage_of_verb, verb_of
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
+from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override, resolve_name
 from finetune.recipe.runs import find_run
 from finetune.recipe.terminal import echo
 
@@ -147,7 +147,7 @@ def recipe_arguments(*, stage: str | None = None) -> Callable[[Command], Command
 def is_recipe_word(word: str) -> bool:
     """Return True for the name of a recipe, False for ``section.key=value``."""
     # A folder may be called lr=1e-4.
-    return "=" not in word or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
+    return not is_override(word)
 
 
 def run_argument(context: click.Context, parameter: click.Parameter, value: str) -> Path:

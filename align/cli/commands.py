@@ -60,13 +60,11 @@ def list_(kind: str | None, as_json: bool) -> None:
 
     With KIND, list only that kind. Metrics are listed only by `llm-align list metrics`.
     """
-    from align.cli.listing import ON_REQUEST, names_by_kind, print_listing
+    from align.cli.listing import LISTINGS, ON_REQUEST, names_by_kind, print_listing
 
-    listing = names_by_kind()
-    if kind is not None and kind not in listing:
-        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(listing)}")
-    kinds = [name for name in listing if name not in ON_REQUEST] if kind is None else [kind]
-    chosen = {name: listing[name] for name in kinds}
+    if kind is not None and kind not in LISTINGS:
+        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(LISTINGS)}")
+    chosen = names_by_kind([name for name in LISTINGS if name not in ON_REQUEST] if kind is None else [kind])
     if as_json:
         echo_json(chosen)
     else:

@@ -41,8 +41,8 @@ from finetune.recipe.discovery import (
 from finetune.recipe.errors import UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import stage_settings
-from finetune.recipe.recipe_name import DEFAULT_STAGE
-from finetune.recipe.runs import FINISHED, RUNS_FOLDER, read_run_record
+from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override
+from finetune.recipe.runs import RUNS_FOLDER, list_runs
 from finetune.recipe.settings import AdapterSettings, TrainSettings
 from finetune.recipe.terminal import echo
 
@@ -184,13 +184,9 @@ def complete_reward(context: click.Context, parameter: click.Parameter, incomple
 def _runs(incomplete: str, *, stages: Sequence[str] = ()) -> list[Item]:
     prefix = f"{RUNS_FOLDER}/" if incomplete.startswith(f"{RUNS_FOLDER}/") else ""
     items = []
-    for folder in sorted(RUNS_FOLDER.glob("*/")):
-        try:
-            record = read_run_record(folder)
-        except UserError:
-            continue  # not a run
-        if record.get("status") == FINISHED and (not stages or record.get("stage") in stages):
-            items.append(CompletionItem(f"{prefix}{folder.name}", help=str(record.get("finished", ""))))
+    for run in list_runs():
+        if run.is_finished and (not stages or run.record["stage"] in stages):
+            items.append(CompletionItem(f"{prefix}{run.path.name}", help=str(run.record.get("finished", ""))))
     return _matching(items, incomplete)
 
 
@@ -212,7 +208,7 @@ def complete_words(context: click.Context, parameter: click.Parameter, incomplet
     words = tuple(context.params.get(parameter.name or "") or ())
     own = stage_of_verb(context.info_name or "")
     stage = context.params.get("stage") or (own if own in stage_names() else DEFAULT_STAGE)
-    recipe = next((word for word in words if "=" not in word), None)
+    recipe = next((word for word in words if not is_override(word)), None)
     verb, _, name = (recipe or "").partition("/")
     if stage_of_verb(verb) in stage_names():
         stage, recipe = stage_of_verb(verb), name or QUICKSTART
@@ -263,7 +259,7 @@ def complete_setting(
     fields = stage_settings(stage).model_fields
     if not dot or section not in fields:
         return _matching(_items(f"{name}." for name in fields), incomplete)
-    chosen = dict(word.split("=", 1) for word in words if "=" in word)
+    chosen = dict(word.split("=", 1) for word in words if is_override(word))
     model: Any = fields[section].annotation
     if section == "adapter":
         method = adapter or chosen.get("adapter.method") or _recipe_value(stage, recipe, "adapter", "method")

@@ -1,49 +1,58 @@
 """Terminal output of ``llm-align list`` and ``llm-align show``."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.markup import escape
 from rich.table import Table
 
 from align.pipeline.file import pipeline_descriptions
 from align.preference.losses.catalog import all_losses
+from finetune.recipe.bases import load_bases
 from finetune.recipe.console import Terminal
+from finetune.recipe.discovery import ADAPTERS, TEMPLATES, plugin_names, plugin_summary, stage_names
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS_FOLDER
-from finetune.recipe.schema import list_names, setting_rows
+from finetune.recipe.runs import ListedRun, list_runs
+from finetune.recipe.schema import recipe_descriptions, setting_rows
 from finetune.training.metrics import metric_lines
 
 ON_REQUEST = ("metrics",)
 """Kinds that `llm-align list` shows when they are named."""
 
 
-def names_by_kind() -> dict[str, dict[str, str]]:
-    """Return all names by kind, each with a one-line description."""
-    listed = list_names()
-    recipes = {
-        f"{stage} {name}": line for stage, names in listed.recipes.items() for name, line in names.items()
-    }
-    bases = {
-        name: "  ".join(filter(None, (base.id, base.parameters, base.note)))
-        for name, base in listed.bases.items()
-    }
+def names_by_kind(kinds: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+    """Return the names of some kinds, each with a one-line description; of all kinds by default."""
+    return {kind: LISTINGS[kind]() for kind in kinds or LISTINGS}
+
+
+def _recipes() -> dict[str, str]:
+    names = {stage: recipe_descriptions(stage) for stage in stage_names()}
+    return {f"{stage} {name}": line for stage, lines in names.items() for name, line in lines.items()}
+
+
+def _bases() -> dict[str, str]:
     return {
-        "stages": listed.stages,
-        "recipes": recipes,
-        "pipelines": pipeline_descriptions(),
-        "adapters": listed.adapters,
-        "templates": listed.templates,
-        "losses": {loss.name: loss.summary for loss in all_losses().values()},
-        "metrics": metric_lines(),
-        "bases": bases,
-        "runs": {
-            str(path): _run_status(path)
-            for path in sorted(RUNS_FOLDER.glob("*/"))
-            if (path / "run.json").is_file()
-        },
+        name: "  ".join(filter(None, (base.id, base.parameters, base.note)))
+        for name, base in load_bases().items()
     }
+
+
+def _summaries(package: str) -> dict[str, str]:
+    return {name: plugin_summary(package, name) for name in plugin_names(package)}
+
+
+LISTINGS: dict[str, Callable[[], dict[str, str]]] = {
+    "stages": lambda: {name: plugin_summary(package, name) for name, package in stage_names().items()},
+    "recipes": _recipes,
+    "pipelines": pipeline_descriptions,
+    "adapters": lambda: _summaries(ADAPTERS),
+    "templates": lambda: _summaries(TEMPLATES),
+    "losses": lambda: {loss.name: loss.summary for loss in all_losses().values()},
+    "metrics": metric_lines,
+    "bases": _bases,
+    "runs": lambda: {str(run.path): _run_line(run) for run in list_runs()},
+}
+"""What lists each kind; a kind that is not asked for is not read."""
 
 
 def print_listing(kinds: Mapping[str, Mapping[str, str]]) -> None:
@@ -77,6 +86,8 @@ def print_recipe(recipe: Recipe) -> None:
         console.print(escape(note), highlight=False)
 
 
-def _run_status(path: Path) -> str:
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    return f"{record['status']}, {record['started']}"
+def _run_line(run: ListedRun) -> str:
+    """Return a run's status and when it started, or what is wrong with it."""
+    if run.damage:
+        return f"damaged: {run.damage}"
+    return ", ".join(filter(None, (run.record["status"], str(run.record.get("started", "")))))

@@ -11,9 +11,8 @@ from typing import Any
 
 from align.pipeline.plan import Pipeline
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import ROWS_FOLDER
+from finetune.recipe.runs import LOCK_FILE, ROWS_FOLDER, with_live_status
 from finetune.training.atomic_files import (
-    LOCK_FILE,
     PARTIAL_NAME,
     locked_folder,
     read_jsonl,
@@ -136,17 +135,19 @@ class PipelineDirectory:
 
     def _read_record(self) -> dict[str, Any]:
         file = self.path / RECORD_FILE
-        if not file.is_file():
+        if not file.exists():
             self._check_no_foreign_files()
             return {}
         try:
             record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            repair = "delete this file; the runs of the stages are not affected"
-            raise UserError(
-                Problem(str(file), "not valid JSON", "the record of a pipeline", repair)
-            ) from error
-        return record
+        except (ValueError, RecursionError) as error:
+            raise UserError(_damaged_record(file, "not valid JSON")) from error
+        except OSError as error:
+            raise UserError(_damaged_record(file, f"cannot be read: {error.strerror}")) from error
+        stages = record.get("stages", {}) if isinstance(record, dict) else None
+        if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+            raise UserError(_damaged_record(file, "not written by llm-align"))
+        return with_live_status(self.path, record)
 
     def _check_no_foreign_files(self) -> None:
         """Raise UserError if the path holds anything but a pipeline's folder."""
@@ -166,6 +167,11 @@ class PipelineDirectory:
             actual = "a folder with files that are not a pipeline's"
             repair = "choose another --out; nothing in this folder was changed"
             raise UserError(Problem(f"--out {self.path}", actual, "an empty or new folder", repair))
+
+
+def _damaged_record(file: Path, actual: str) -> Problem:
+    repair = "delete it; the runs of the stages are not affected"
+    return Problem(str(file), actual, "the record of a pipeline", repair)
 
 
 def utc_now() -> str:

@@ -18,7 +18,7 @@ from finetune.planner.estimate import (
 )
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import FINISHED, RUNS_FOLDER, is_outdated, read_run_record
+from finetune.recipe.runs import list_runs
 from finetune.recipe.settings import StageSettings
 from finetune.training import auto_values
 
@@ -229,10 +229,10 @@ def _measured_rates(recipe: Recipe, workload: Workload, device: Device) -> dict[
         device.kind,
     )
     rates = {}
-    for folder in sorted(RUNS_FOLDER.glob(f"{recipe.stage}-*/")):
-        record = read_run_record(folder)
-        if record.get("status") != FINISHED or is_outdated(record):
+    for run in list_runs():
+        if not run.is_finished:
             continue
+        record = run.record
         load, hardware = record.get("reload", {}), record.get("hardware", {})
         recorded = (
             record.get("stage"),
@@ -245,5 +245,5 @@ def _measured_rates(recipe: Recipe, workload: Workload, device: Device) -> dict[
         if record.get("seconds", {}).get("train", 0.0) < MIN_TRAINING_SECONDS:
             continue
         if recorded == wanted and rate and (device.kind == "cpu" or device.name in hardware.get("name", "")):
-            rates[folder.name] = float(rate)
+            rates[run.path.name] = float(rate)
     return rates

@@ -1,5 +1,6 @@
 """What the user calls a recipe: its name, stage/name, a YAML file, or a run with its resolved recipe."""
 
+import os
 from pathlib import Path
 
 from finetune.recipe import yaml_file
@@ -74,3 +75,13 @@ def _stage_of_name(name: str) -> str:
             Problem(f"recipe '{name}'", f"{len(stages)} stages have one", expected, "write STAGE/RECIPE")
         )
     return stages[0]
+
+
+def is_override(word: str) -> bool:
+    """Return True for ``section.key=value``; a recipe's path may have a ``=`` too."""
+    key, equals, _ = word.partition("=")
+    # Not Path.is_file: a long value is no file name, and raises.
+    if not equals or os.path.isfile(os.path.expanduser(word)):
+        return False
+    # No setting's key has a slash or lacks its section: this is the path of a file that does not exist.
+    return not (word.endswith((".yaml", ".yml")) and ("/" in key or "." not in key))

@@ -1,7 +1,10 @@
-"""Find runs by name or prefix, and read their records (run.json)."""
+"""Find runs by name or prefix, and read their records (run.json) and their status."""
 
+import fcntl
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +14,72 @@ RUNS_FOLDER = Path("runs")
 ROWS_FOLDER = "rows"
 """Folder of a run with the rows that were given in Python, one file per recipe key."""
 RECIPE_FILE = "recipe.yaml"
-FINISHED = "finished"
+LOCK_FILE = ".lock"
+"""The lock that a process holds on a run's or a pipeline's folder while it writes there."""
+FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 FORMAT = 2
 """Format of run.json and of checkpoints: incremented when a stored name changes."""
 LIST_RUNS_HINT = "see `llm-align list runs`"
+REQUIRED_TEXTS = ("status", "recipe", "digest")
+SECTIONS = ("reload", "files", "metrics", "summary", "seconds", "hardware", "init_from", "data", "versions")
+"""Fields of run.json that are mappings."""
+FINISHED_FIELDS = ("stage", "reload")
+RUN_CONTENTS = ("recipe.yaml", "adapter", "model", "checkpoints")
+"""Files and folders that only a run leaves: with one of them and without run.json, a run is damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRun:
+    """A folder of ./runs.
+
+    Attributes:
+        path: the folder.
+        record: its run.json; {} if it is damaged.
+        damage: why its record cannot be used, or "".
+    """
+
+    path: Path
+    record: dict[str, Any]
+    damage: str = ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True for a finished run that this version can read."""
+        return self.record.get("status") == FINISHED and not is_outdated(self.record)
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """Return a folder's run.json, {} if there is none.
+    """Return a folder's run.json, {} if there is none; a run whose process has died is ``stopped``.
 
     Raises:
-        UserError: the file is corrupt.
+        UserError: the file is damaged, or not written by llm-align.
     """
     file = path / "run.json"
-    if not file.is_file():
-        return {}
+    repair = "delete the folder, or choose another --out"
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        repair = "delete the folder, or choose another --out"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        actual = f"cannot be read: {error.strerror}"
+        raise UserError(Problem(str(file), actual, "the JSON record of a run", repair)) from error
+    # RecursionError: brackets without an end.
+    except (ValueError, RecursionError) as error:
         raise UserError(Problem(str(file), "corrupt file", "the JSON record of a run", repair)) from error
     # Some other tool's run.json: nothing in this folder may be overwritten.
-    if not isinstance(record, dict) or not {"status", "recipe", "digest"} <= record.keys():
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in REQUIRED_TEXTS):
         actual = "not written by llm-align"
         raise UserError(Problem(str(file), actual, "the JSON record of a run", "choose another --out"))
+    if wrong := [name for name in SECTIONS if not isinstance(record.get(name, {}), dict)]:
+        actual = f"corrupt file: {wrong[0]} is not a mapping"
+        raise UserError(Problem(str(file), actual, "the JSON record of a run", repair))
+    return with_live_status(path, record)
+
+
+def with_live_status(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose status is that of its process: ``stopped`` for a running one without a lock."""
+    if record.get("status") == RUNNING and not is_locked(folder):
+        return {**record, "status": STOPPED}
     return record
 
 
@@ -48,6 +93,57 @@ def is_stored_rows(file: Path) -> bool:
     """Return True for a run's or a pipeline's own copy of rows that were given in Python."""
     records = (file.parent.parent / name for name in ("run.json", "pipeline.json"))
     return file.parent.name == ROWS_FOLDER and any(record.is_file() for record in records)
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of a run's or a pipeline's folder."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as stream:
+            # The kernel releases a lock with its process, however that ends. A shared lock needs no write
+            # permission, and two readers do not exclude each other.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    # Held by another process; or it cannot be asked, as on some network file systems.
+    except OSError:
+        return True
+    return False
+
+
+def list_runs() -> list[ListedRun]:
+    """Return the runs in ./runs in alphabetical order, damaged ones included."""
+    folders = sorted(RUNS_FOLDER.glob("*/"))
+    return [run for run in map(_list_run, folders) if run is not None]
+
+
+def _list_run(folder: Path) -> ListedRun | None:
+    """Return the run of a folder; None for a folder of something else."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError as error:
+        return ListedRun(folder, {}, f"cannot be read: {error.strerror}")
+    if "run.json" not in names:
+        return ListedRun(folder, {}, "run.json is missing") if names & set(RUN_CONTENTS) else None
+    try:
+        record = read_run_record(folder)
+        damage = _record_damage(folder, record)
+    except UserError as error:
+        record, damage = {}, f"run.json: {error.problems[0].actual}"
+    return ListedRun(folder, {} if damage else record, damage)
+
+
+def _record_damage(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return what a finished run lacks, or ""."""
+    # A dangling symbolic link is listed in its folder, and reads as no file.
+    if not record:
+        return "run.json is missing"
+    if record["status"] != FINISHED or is_outdated(record):
+        return ""
+    if missing := [name for name in FINISHED_FIELDS if name not in record]:
+        return f"run.json: {', '.join(missing)} missing"
+    if missing := [name for name in record.get("files", {}) if not (folder / name).is_file()]:
+        return f"{', '.join(missing)} missing"
+    return ""
 
 
 def is_outdated(record: Mapping[str, Any]) -> bool:
@@ -74,6 +170,8 @@ def read_finished_record(run: Path) -> dict[str, Any]:
     if record.get("status") != FINISHED:
         actual = f"a run with status '{record['status']}'" if record else "not a run"
         raise UserError(Problem(str(run), actual, "the folder of a finished run", _next_action(record)))
+    if missing := [name for name in FINISHED_FIELDS if name not in record]:
+        raise UserError(_damaged_run_problem(run, f"run.json: {', '.join(missing)} missing", record))
     return record
 
 
@@ -112,27 +210,28 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
             read_finished_record(path)
             return path, ""
     # A run's name is stage, recipe and digest; users type it without the digest.
-    matches = [path for path in _run_folders() if path.name.startswith(name.removeprefix(f"{RUNS_FOLDER}/"))]
+    runs = list_runs()
+    matches = [run for run in runs if run.path.name.startswith(name.removeprefix(f"{RUNS_FOLDER}/"))]
     if not matches:
         raise UserError(_missing_run_problem(name, folder, where, recipes=recipes))
-    records = {path: read_run_record(path) for path in matches}
-    finished = [
-        path for path in matches if records[path]["status"] == FINISHED and not is_outdated(records[path])
-    ]
+    readable = [run for run in matches if not run.damage]
+    if not readable:
+        raise UserError([_damaged_run_problem(run.path, run.damage, run.record) for run in matches])
+    finished = [run for run in readable if run.is_finished]
     # Raises with the repair for the most recent unfinished run.
     if not finished:
-        read_finished_record(max(matches, key=lambda path: records[path].get("started", "")))
-    names = {path.name for path in finished}
-    roots = [
-        path for path in finished if records[path].get("init_from", {}).get("name") not in names
-    ] or finished
-    newest = max(roots, key=lambda path: records[path].get("finished", ""))
+        read_finished_record(max(readable, key=lambda run: str(run.record.get("started", ""))).path)
+    names = {run.path.name for run in finished}
+    roots = [run for run in finished if run.record.get("init_from", {}).get("name") not in names] or finished
+    newest = max(roots, key=lambda run: str(run.record.get("finished", ""))).path
     note = f"'{name}' matches {len(finished)} finished runs; using the newest: {newest}"
     return newest, note if len(finished) > 1 else ""
 
 
-def _run_folders() -> list[Path]:
-    return [path for path in sorted(RUNS_FOLDER.glob("*/")) if (path / "run.json").is_file()]
+def _damaged_run_problem(run: Path, damage: str, record: Mapping[str, Any]) -> Problem:
+    command = record.get("command")
+    repair = f"run it again: `{command} --force`" if command else "delete the folder, and run it again"
+    return Problem(str(run), f"a damaged run: {damage}", "the folder of a finished run", repair)
 
 
 def _missing_run_problem(name: str, folder: Path, where: str, *, recipes: bool) -> Problem:
@@ -141,7 +240,7 @@ def _missing_run_problem(name: str, folder: Path, where: str, *, recipes: bool) 
     if not folder.is_dir():
         actual = f"there is no run '{name}'"
         suggestion = did_you_mean(
-            name.removeprefix(f"{RUNS_FOLDER}/"), [path.name for path in _run_folders()]
+            name.removeprefix(f"{RUNS_FOLDER}/"), [run.path.name for run in list_runs() if not run.damage]
         )
         return Problem(where, actual, expected, suggestion or LIST_RUNS_HINT)
     actual = f"folder '{name}' is not a run (no run.json)"
@@ -156,7 +255,8 @@ def _next_action(record: dict[str, Any]) -> str:
     """Return the repair for a run that is not finished."""
     actions = {
         "interrupted": "`{}` resumes from its checkpoint",
-        "running": "wait until it finishes; if it was killed, `{}` resumes from its last checkpoint",
+        STOPPED: "`{}` resumes from its last checkpoint",
+        RUNNING: "wait until it finishes",
     }
     if record.get("status") in actions and "command" in record:
         return actions[record["status"]].format(record["command"])

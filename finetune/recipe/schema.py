@@ -1,6 +1,5 @@
-"""JSON schema of a stage's recipe for editors, rows for ``show``, and names for ``list``."""
+"""JSON schema of a stage's recipe for editors, rows for ``show``, and recipes for ``list``."""
 
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any, Literal
@@ -8,30 +7,15 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from finetune.recipe import yaml_file
-from finetune.recipe.bases import Base, load_bases
 from finetune.recipe.discovery import (
     ADAPTERS,
-    TEMPLATES,
     adapter_settings,
     plugin_names,
-    plugin_summary,
     recipe_names,
-    stage_names,
 )
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, stage_settings
 from finetune.recipe.settings import AdapterSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """All names for recipes and the command line, each with a one-line description."""
-
-    recipes: dict[str, dict[str, str]]
-    adapters: dict[str, str]
-    templates: dict[str, str]
-    bases: dict[str, Base]
-    stages: dict[str, str]
 
 
 def recipe_schema(stage: str) -> dict[str, Any]:
@@ -61,18 +45,6 @@ def setting_rows(recipe: Recipe) -> list[tuple[str, Any, str]]:
     return [(key, value, recipe.origins[key]) for key, value in keys]
 
 
-def list_names() -> Listing:
-    """List all recipes, adapters, templates, bases and stages, without importing plug-ins."""
-    stages = stage_names()
-    return Listing(
-        recipes={stage: _recipe_descriptions(stage) for stage in stages},
-        adapters=_summaries(ADAPTERS),
-        templates=_summaries(TEMPLATES),
-        bases=load_bases(),
-        stages={name: plugin_summary(package, name) for name, package in stages.items()},
-    )
-
-
 def _require_method(definitions: dict[str, Any]) -> None:
     """Make ``method`` required for all adapters but the default one, so that exactly one schema matches."""
     for definition in definitions.values():
@@ -81,11 +53,7 @@ def _require_method(definitions: dict[str, Any]) -> None:
             definition["required"] = ["method", *definition.get("required", [])]
 
 
-def _summaries(package: str) -> dict[str, str]:
-    return {name: plugin_summary(package, name) for name in plugin_names(package)}
-
-
-def _recipe_descriptions(stage: str) -> dict[str, str]:
+def recipe_descriptions(stage: str) -> dict[str, str]:
     """Return each recipe's description, or its error if the file cannot be read."""
     descriptions = {}
     for name, path in recipe_names(stage).items():

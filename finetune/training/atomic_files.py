@@ -12,8 +12,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.runs import LOCK_FILE
 
-LOCK_FILE = ".lock"
+LOCK_TIMEOUT = 0.5
+"""Seconds to wait for a lock: a reader that asks whether it is held has it for a moment."""
 PARTIAL_NAME = ".{}.partial"
 """Temporary name of a file or folder until it is complete."""
 
@@ -32,9 +34,9 @@ def locked_folder(path: Path, *, in_use: Problem, unwritable: Problem) -> Iterat
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # timeout=0: do not wait. Two processes on the same folder are a mistake, and a run takes hours. The
+        # Two processes on the same folder are a mistake, and a run takes hours: do not wait for its end. The
         # lock dies with its process.
-        lock = FileLock(path / LOCK_FILE, timeout=0)
+        lock = FileLock(path / LOCK_FILE, timeout=LOCK_TIMEOUT)
         lock.acquire()
     except Timeout as error:
         raise UserError(in_use) from error

@@ -16,10 +16,16 @@ from finetune.data.files import data_fingerprint
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS_FOLDER, read_finished_record, read_run_record, refuse_outdated
+from finetune.recipe.runs import (
+    FINISHED,
+    LOCK_FILE,
+    RUNS_FOLDER,
+    read_finished_record,
+    read_run_record,
+    refuse_outdated,
+)
 from finetune.recipe.settings import StageSettings
 from finetune.training.atomic_files import (
-    LOCK_FILE,
     PARTIAL_NAME,
     atomic_folder,
     locked_folder,
@@ -99,7 +105,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Return whether the folder holds a finished run of the same recipe."""
-        return self.record.get("status") == "finished"
+        return self.record.get("status") == FINISHED
 
     @property
     def checkpoints(self) -> Path:

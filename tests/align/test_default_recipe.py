@@ -28,6 +28,7 @@ def test_the_base_of_a_parent_run_counts(tmp_path: Path, monkeypatch: pytest.Mon
         record = {
             "format": 2,
             "status": "finished",
+            "stage": "sft",
             "recipe": "r",
             "digest": "d",
             "reload": {"model": {"base": base}},

@@ -89,7 +89,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         record = {"format": FORMAT, "status": status, "stage": name.split("-")[0], "recipe": "a"}
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(record | {"digest": name[-8:]}))
+        (folder / "run.json").write_text(json.dumps(record | {"digest": name[-8:], "reload": {}}))
     return tmp_path
 
 
@@ -120,7 +120,13 @@ def test_an_empty_word_offers_recipes_and_sections() -> None:
 
 def test_kinds_are_those_of_list(here: Path) -> None:
     shutil.rmtree(here / "runs")
-    assert tuple(names_by_kind()) == KINDS
+    listed = names_by_kind()
+    assert tuple(listed) == KINDS
+    assert listed["adapters"]["lora"].startswith("LoRA: ")
+    assert listed["templates"]["alpaca"].startswith("Stanford Alpaca's prompt")
+    assert listed["bases"]["llama-2-7b"].startswith("meta-llama/Llama-2-7b-hf")
+    assert listed["stages"]["sft"].startswith("Supervised fine-tuning")
+    assert all(text for kind in ("adapters", "templates", "stages") for text in listed[kind].values())
 
 
 def test_files_are_the_shell_s() -> None:

@@ -54,7 +54,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def write_run(path: str, *, status: str) -> None:
     """Write the record of a run of sft/quickstart into the folder that a dry run printed."""
     record = {"format": FORMAT, "status": status, "stage": "sft", "recipe": "quickstart"}
-    record |= {"digest": path[-8:], "files": {"adapter/adapter_model.safetensors": "0" * 64}}
+    record |= {"digest": path[-8:], "reload": {}, "files": {"adapter/adapter_model.safetensors": "0" * 64}}
     Path(path).mkdir(parents=True, exist_ok=True)
     (Path(path) / "run.json").write_text(json.dumps(record))
 

@@ -19,10 +19,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     """Return a function from arguments to exit status, stdout and stderr, in a folder with two runs."""
     monkeypatch.chdir(tmp_path)
     for name, day in {"sft-quickstart-11111111": 1, "sft-quickstart-22222222": 2}.items():
-        record = {"format": FORMAT, "status": "finished", "recipe": "quickstart", "digest": name[-8:]}
+        record = {"format": FORMAT, "status": "finished", "stage": "sft", "recipe": "quickstart"}
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(record | {"finished": f"2026-01-0{day}"}))
+        (folder / "run.json").write_text(
+            json.dumps(record | {"digest": name[-8:], "reload": {}, "finished": f"2026-01-0{day}"})
+        )
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])

@@ -297,7 +297,7 @@ BAD = [
     ("broken", "runs/broken/run.json: corrupt file", "delete the folder"),
     ("foreign", "runs/foreign/run.json: not written by llm-align", ""),
     ("cut", "a run with status 'interrupted'", "`llm-align sft cut` resumes from its checkpoint"),
-    ("going", "a run with status 'running'", "wait until it finishes"),
+    ("going", "a run with status 'stopped'", "`llm-align sft going` resumes from its last checkpoint"),
     ("nan", "a run with status 'failed'", "`llm-align list runs`"),
     ("judge", "'runs/judge' is a run of stage reward, whose model scores", "`llm-align list runs`"),
     ("emptied", "lacks adapter/adapter_model.safetensors", "run it again: `llm-align sft a --force`"),

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from finetune.recipe.discovery import PROJECT, plugin_names
-from finetune.recipe.schema import list_names, recipe_schema, setting_rows
+from finetune.recipe.schema import recipe_descriptions, recipe_schema, setting_rows
 
 
 def test_the_schema_is_one():
@@ -65,20 +65,13 @@ def test_rows_have_every_value_and_its_origin(workspace):
     assert len(table) == len(recipe.origins)
 
 
-def test_the_listing_names_everything(workspace):
+def test_recipes_are_listed_with_their_descriptions(workspace):
     workspace.write("description: mine\n", "recipes/sft/own.yaml")
     workspace.write("a: [\n", "recipes/sft/wrong.yaml")
-    actual = list_names()
-    assert actual.recipes["sft"]["own"] == "mine"
-    assert actual.recipes["sft"]["wrong"].startswith("cannot be read: ")
-    assert actual.recipes["sft"]["vicuna"] == "Vicuna: multi-turn ShareGPT conversations, LoRA"
-    assert actual.adapters["lora"].startswith("LoRA: ")
-    assert actual.templates["alpaca"].startswith("Stanford Alpaca's prompt")
-    assert actual.bases["llama-2-7b"].id == "meta-llama/Llama-2-7b-hf"
-    assert actual.stages["sft"].startswith("Supervised fine-tuning")
-    assert all(
-        text for group in (actual.adapters, actual.templates, actual.stages) for text in group.values()
-    )
+    actual = recipe_descriptions("sft")
+    assert actual["own"] == "mine"
+    assert actual["wrong"].startswith("cannot be read: ")
+    assert actual["vicuna"] == "Vicuna: multi-turn ShareGPT conversations, LoRA"
 
 
 def test_nothing_heavy_is_imported(workspace):
@@ -87,9 +80,9 @@ def test_nothing_heavy_is_imported(workspace):
 import sys, time
 start = time.perf_counter()
 from finetune.recipe.recipe import read_recipe
-from finetune.recipe.schema import list_names, recipe_schema, setting_rows
+from finetune.recipe.schema import recipe_descriptions, recipe_schema, setting_rows
 recipe = read_recipe("sft", "my.yaml", shortcuts={"adapter.method": "prefix"})
-setting_rows(recipe), recipe.to_yaml(), recipe.digest(""), list_names(), recipe_schema("sft")
+setting_rows(recipe), recipe.to_yaml(), recipe.digest(""), recipe_descriptions("sft"), recipe_schema("sft")
 heavy = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "pyarrow"} & set(sys.modules)
 print(sorted(heavy), time.perf_counter() - start < 5)
 """

@@ -118,7 +118,8 @@ with FileLock({str(tmp_path / "run" / ".lock")!r}):
     other.communicate("end\n")
     with run.locked():
         run.update(status="running", recipe="sums", digest=run.digest)
-    assert read_run_record(tmp_path / "run")["status"] == "running"
+        assert read_run_record(tmp_path / "run")["status"] == "running"
+    assert read_run_record(tmp_path / "run")["status"] == "stopped"
 
 
 def test_a_kill_before_the_first_line_leaves_a_usable_folder(recipe: Recipe, tmp_path: Path) -> None:
