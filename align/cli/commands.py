@@ -6,7 +6,7 @@ import click
 
 from align.cli.arguments import RecipeArguments, recipe_arguments, run_argument
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
-from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
+from align.cli.exit_status import INTERRUPTED, USER_ERROR, OutputGroup, fail
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
@@ -29,7 +29,7 @@ Examples:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OutputGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
     """Fine-tune and align language models: one command per stage.

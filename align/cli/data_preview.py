@@ -27,6 +27,7 @@ from finetune.data.documents import prepare_data
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.discovery import load_stage
+from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
@@ -178,9 +179,12 @@ def write_page(preview_data: PreviewData, path: Path) -> None:
     """
     folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
     environment = Environment(loader=FileSystemLoader(folders), autoescape=True, finalize=visible_value)
+    page = environment.get_template("data.html.j2").render(preview_data)
     try:
-        path.write_text(environment.get_template("data.html.j2").render(preview_data), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
+        if is_write_error(error):
+            raise storage_error(error, path, needed=len(page), repair=OUTPUT_REPAIR) or error from error
         actual = f"cannot be written: {error.strerror}"
         raise UserError(Problem(f"--html {path}", actual, "a file in an existing folder")) from error
 

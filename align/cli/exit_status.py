@@ -3,12 +3,18 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import click
 
 from finetune.distributed.rank import dist_info
+from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
 from finetune.recipe.silence import silence_libraries
-from finetune.recipe.terminal import echo
+from finetune.recipe.terminal import discard, echo
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
+CLOSED_OUTPUT = 141
+"""Exit status after `| head` has closed the output: that of a program that SIGPIPE ends (128 + 13)."""
 DOES_NOT_FIT = 3
 """Exit status of a plan that does not fit: no user error (2), no failure (1), but `plan && sft` must stop."""
 
@@ -18,18 +24,66 @@ def fail(message: str, status: int) -> None:
     dist = dist_info()
     if not dist.is_main:
         message = f"rank {dist.rank}: {message}"
-    echo(f"llm-align: {message}", err=True)
+    try:
+        echo(f"llm-align: {message}", err=True)
+    # With `2>&1 | head` the errors have no reader either.
+    except OSError:
+        discard(sys.stderr)
     sys.exit(status)
+
+
+class OutputGroup(click.Group):
+    """A group of commands that end silently when nobody reads their output: click would exit with 1."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the command line; ``--help`` prints here."""
+        with silent_when_closed():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with silent_when_closed():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def silent_when_closed() -> Iterator[None]:
+    """Exit as after SIGPIPE if the output is closed.
+
+    Raises:
+        StorageError: the output is a file on a full disk.
+    """
+    try:
+        yield
+        # What is still buffered would fail when Python exits, with a message of its own.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+        sys.exit(CLOSED_OUTPUT)
+    except OSError as error:
+        if not is_write_error(error):
+            raise
+        discard(sys.stdout)
+        where = error.filename or "standard output"
+        raise storage_error(error, where, repair=OUTPUT_REPAIR) or error from error
 
 
 @contextmanager
 def exit_on_stop() -> Iterator[None]:
     """Turn an interrupted or failed run into a message and an exit code."""
     silence_libraries()
-    from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFiniteError
+    from finetune.distributed.interrupts import (
+        Interrupted,
+        LostProcessError,
+        NotFiniteError,
+        OutputClosed,
+    )
 
     try:
         yield
+    except OutputClosed as stop:
+        fail(str(stop), CLOSED_OUTPUT)
     except Interrupted as stop:
         fail(str(stop), INTERRUPTED)
     except LostProcessError as error:

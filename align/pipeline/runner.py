@@ -6,7 +6,7 @@ Heavy libraries are imported only when a stage needs them, so a finished pipelin
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -17,11 +17,12 @@ from align.pipeline.directory import REPORT_FILE, PipelineDirectory, PipelineRes
 from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline, row_problems
 from align.required_runs import resolve_required_runs
-from finetune.distributed.interrupts import Interrupted, NotFiniteError
+from finetune.distributed.interrupts import Interrupted, NotFiniteError, OutputClosed
 from finetune.distributed.rank import dist_info
+from finetune.recipe.disk import StorageError
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import FINISHED
+from finetune.recipe.runs import FINISHED, STOPPED
 from finetune.training.launch import launch_stage
 from finetune.training.run_directory import Result
 
@@ -116,12 +117,19 @@ def _record_status(
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        set_status("interrupted")
+        is_closed = isinstance(stop, OutputClosed)
+        set_status(STOPPED if is_closed else "interrupted")
         text = str(stop) or "stopped; run the same command to resume"
-        raise Interrupted(_stop_message(pipeline, entry, text)) from stop
+        kind = OutputClosed if is_closed else Interrupted
+        raise kind(_stop_message(pipeline, entry, text)) from stop
     except NotFiniteError as error:
         set_status("failed", error=str(error))
         raise NotFiniteError(_stop_message(pipeline, entry, str(error))) from error
+    except StorageError as error:
+        # The disk may have no room for this either; without a lock, `running` is read as `stopped`.
+        with suppress(StorageError):
+            set_status(STOPPED, error=str(error))
+        raise StorageError([entry.with_stage_name(problem) for problem in error.problems]) from error
     except UserError as error:
         set_status("failed", error=str(error))
         if first:

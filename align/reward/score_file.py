@@ -19,6 +19,7 @@ from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, wi
 from finetune.data.readers import SourceRow
 from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
+from finetune.recipe.disk import OUTPUT_REPAIR, writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_rows import from_python
 
@@ -118,10 +119,16 @@ def score_file(model: RewardModel, source: Any) -> list[ScoredRow]:
 
 
 def write_scored_rows(rows: Sequence[ScoredRow], path: Path) -> None:
-    """Write the rows with their rewards as JSON Lines."""
+    """Write the rows with their rewards as JSON Lines.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
     # default=str: columns of a dataset may hold what JSON cannot, such as dates.
     json_lines = [json.dumps(row.to_dict(), ensure_ascii=False, default=str) for row in rows]
-    path.write_text("\n".join(json_lines) + "\n", encoding="utf-8")
+    text = "\n".join(json_lines) + "\n"
+    with writing(path, needed=len(text), repair=OUTPUT_REPAIR):
+        path.write_text(text, encoding="utf-8")
 
 
 def score_statistics(rows: Sequence[ScoredRow]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from finetune.recipe.disk import is_write_error, storage_error
 from finetune.recipe.errors import Problem, UserError
 
 NOTES_KEY = "report"
@@ -79,17 +80,22 @@ def write_cached(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, 
     # One partial file per process: jobs on other nodes may write the same key to a shared folder.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     metadata = json.dumps({**notes, "sha256": _arrays_checksum(arrays)})
+    needed = sum(values.nbytes for values in arrays.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, partial, metadata={NOTES_KEY: metadata})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise unwritable_error(path, error) from error
+        if partial.is_file():
+            partial.unlink()
+        raise unwritable_error(path, error, needed=needed) from error
 
 
-def unwritable_error(path: Path, error: Exception) -> UserError:
-    """Return the error of a cache that cannot be written."""
+def unwritable_error(path: Path, error: Exception, *, needed: int = 0) -> UserError:
+    """Return the error of a cache that cannot be written; ``needed`` is the size of its entry in bytes."""
     repair = "set data.cache=false, or point XDG_CACHE_HOME to another folder"
+    if is_write_error(error) and (stored := storage_error(error, path, needed=needed, repair=repair)):
+        return stored
     actual = f"cannot write the cache: {error}"
     return UserError(Problem(str(path.parent), actual, "a writable folder", repair))
 

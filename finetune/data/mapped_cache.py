@@ -53,7 +53,8 @@ def write_mapped(path: Path, arrays: Arrays, notes: Mapping[str, Any]) -> None:
         partial.replace(path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise unwritable_error(path, error) from error
+        needed = sum(values.nbytes for values in arrays.values())
+        raise unwritable_error(path, error, needed=needed) from error
 
 
 def _map_array(file: Path) -> np.ndarray:

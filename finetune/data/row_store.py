@@ -7,12 +7,15 @@ than their tokens.
 import hashlib
 import json
 import pickle
+import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import accumulate
 from operator import attrgetter
+from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_templates.segments import Message
+from finetune.recipe.disk import storage_error
 
 
 class LocatedText(Protocol):
@@ -42,6 +46,8 @@ message_values = attrgetter(*(field.name for field in fields(Message)))
 
 MAX_MEMORY = 32 * 2**20
 """Bytes that a store keeps in memory; more go to a temporary file, which is deleted with the store."""
+
+TEMPORARY_REPAIR = "or set TMPDIR to a folder on another disk: rows are kept there while they are read"
 
 
 def text_digest(key: object) -> int:
@@ -115,10 +121,17 @@ class RowStore(Generic[RowT]):
             self.append(row)
 
     def append(self, row: RowT) -> None:
-        """Append a row."""
+        """Append a row.
+
+        Raises:
+            StorageError: the disk of temporary files is full.
+        """
         record = pickle.dumps(row, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.seek(self._offsets[-1])
-        self._file.write(record)
+        try:
+            self._file.seek(self._offsets[-1])
+            self._file.write(record)
+        except OSError as error:
+            raise self._lost(error) from error
         self._offsets.append(self._offsets[-1] + len(record))
         self._digests.append(text_digest(row.text_key))
 
@@ -128,7 +141,11 @@ class RowStore(Generic[RowT]):
     def row(self, index: int) -> RowT:
         """Return row number ``index``."""
         start, end = self._offsets[index : index + 2]
-        self._file.seek(start)
+        # The seek writes what is still buffered.
+        try:
+            self._file.seek(start)
+        except OSError as error:
+            raise self._lost(error) from error
         # Only what this process has pickled itself is ever unpickled.
         row: RowT = pickle.loads(self._file.read(end - start))
         return row
@@ -136,6 +153,15 @@ class RowStore(Generic[RowT]):
     def rows(self) -> Rows[RowT]:
         """Return all rows as a sequence."""
         return Rows([self])
+
+    def _lost(self, error: OSError) -> Exception:
+        """Return the error of a temporary file that cannot be written, and close the file."""
+        # Python would try again to write the rest when it deletes the file, and print that error too.
+        with suppress(OSError):
+            self._file.close()
+        # Not gettempdir(): it writes a file to find a folder, and there may be none with room.
+        where = Path(tempfile.tempdir) if tempfile.tempdir else "the folder of temporary files"
+        return storage_error(error, where, repair=TEMPORARY_REPAIR) or error
 
     @property
     def text_digests(self) -> NDArray[np.uint64]:

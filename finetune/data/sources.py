@@ -20,6 +20,7 @@ from finetune.data.files import (
 )
 from finetune.data.readers import SourceRow, iter_file
 from finetune.recipe.discovery import local_path, looks_local
+from finetune.recipe.disk import is_write_error, storage_error
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.hub import HubRepository, reach_hub
 from finetune.recipe.python_rows import PythonRows, row_location
@@ -141,6 +142,9 @@ def _load_hub_dataset(name: str, split: str, revision: str | None) -> "datasets.
     try:
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if is_write_error(error):
+            repair = "or point HF_HOME to a folder on another disk: the dataset is downloaded there"
+            raise storage_error(error, datasets.config.HF_CACHE_HOME, repair=repair) or error from error
         where = f"dataset '{name}', split '{split}'"
         actual = f"cannot be loaded from the Hub: {first_line(error)}"
         repair = "check name, split and network; or use a local file: --data my.jsonl"

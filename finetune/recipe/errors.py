@@ -54,7 +54,7 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:
         """Pickle the problems and not their text, for sending the error between processes."""
         # The default passes args (the text) to __init__, which expects problems.
-        return UserError, (self.problems,)
+        return type(self), (self.problems,)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

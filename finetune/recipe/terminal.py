@@ -5,6 +5,7 @@ Texts of data, models, file names and libraries may have control characters. The
 """
 
 import io
+import os
 import sys
 import traceback
 from types import TracebackType
@@ -20,7 +21,7 @@ def echo(text: object, *, err: bool = False) -> None:
 
 def echo_json(content: Any) -> None:
     """Print content as JSON."""
-    print(visible_json(content, sys.stdout.encoding or "utf-8"), flush=True)
+    print(visible_json(content, (sys.stdout.encoding if sys.stdout else "") or "utf-8"), flush=True)
 
 
 def prepare_terminal() -> None:
@@ -30,6 +31,20 @@ def prepare_terminal() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _print_exception
+
+
+def discard(stream: Any) -> None:
+    """Send what a standard stream has not written yet, and will write, to the null device."""
+    # None: the process was started without the stream. No fileno: the stream is not a file of the system.
+    if stream is None:
+        return
+    try:
+        number = stream.fileno()
+    except OSError:
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

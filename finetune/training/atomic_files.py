@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from finetune.recipe.disk import RESUMES, is_write_error, storage_error, writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import LOCK_FILE
 
@@ -41,6 +42,8 @@ def locked_folder(path: Path, *, in_use: Problem, unwritable: Problem) -> Iterat
     except Timeout as error:
         raise UserError(in_use) from error
     except OSError as error:
+        if is_write_error(error) and (stored := storage_error(error, path)):
+            raise stored from error
         raise UserError(replace(unwritable, actual=f"{unwritable.actual}: {error.strerror}")) from error
     try:
         yield
@@ -49,28 +52,68 @@ def locked_folder(path: Path, *, in_use: Problem, unwritable: Problem) -> Iterat
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 text file that appears under its name when it is complete."""
+    """Write a UTF-8 text file that appears under its name when it is complete.
+
+    Raises:
+        StorageError: the disk is full or read-only, or the folder is gone.
+    """
     # A rename is atomic: neither a kill nor a concurrent reader sees half of a file.
     partial = path.with_name(PARTIAL_NAME.format(path.name))
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    content = text.encode("utf-8")
+    with writing(path, needed=len(content)):
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        except OSError:
+            # Half of a file takes room that the next write may need.
+            if partial.is_file():
+                partial.unlink()
+            raise
 
 
 @contextmanager
-def atomic_folder(path: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder that atomically becomes ``path/name`` on success."""
+def atomic_folder(path: Path, name: str, *, repair: str = RESUMES) -> Iterator[Path]:
+    """Yield a temporary folder that atomically becomes ``path/name`` on success; on an error it is deleted.
+
+    Raises:
+        StorageError: the disk is full or read-only, or the folder is gone.
+    """
     partial = path / PARTIAL_NAME.format(name)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    # os.replace does not replace a folder that has files.
-    shutil.rmtree(path / name, ignore_errors=True)
-    os.replace(partial, path / name)
+    with writing(path / name, repair=repair):
+        try:
+            partial.mkdir()
+            yield partial
+            # os.replace does not replace a folder that has files.
+            shutil.rmtree(path / name, ignore_errors=True)
+            os.replace(partial, path / name)
+        except Exception:  # whatever a library raises: half of a model takes room
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a JSON Lines file; empty if there is no such file."""
+    """Return the entries of a JSON Lines file; empty if there is no such file.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     # Not splitlines: with ensure_ascii=False texts may hold U+2028, at which it would split too. The last
     # element is empty, or an entry that a kill truncated.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [_parse_line(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(_damaged_line(path, number)) from error
+    if not isinstance(entry, dict):
+        raise UserError(_damaged_line(path, number))
+    return entry
+
+
+def _damaged_line(path: Path, number: int) -> Problem:
+    repair = "delete that line, or start the run over with --force"
+    return Problem(f"{path}:{number}", "a damaged line", "a JSON object", repair)

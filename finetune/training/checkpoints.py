@@ -54,6 +54,26 @@ def find_last_valid(folder: Path) -> LastCheckpoint:
     return LastCheckpoint(None, corrupt)
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints that were written completely, without verifying their files."""
+    return [
+        _step(checkpoint)
+        for checkpoint in _checkpoint_folders(folder)
+        if (checkpoint / CHECKSUM_FILE).is_file()
+    ]
+
+
+def incomplete_bytes(folder: Path) -> int:
+    """Return the bytes of checkpoints that were not written completely, which a resumed run deletes."""
+    unfinished = [path for path in _checkpoint_folders(folder) if not (path / CHECKSUM_FILE).is_file()]
+    return sum(map(folder_bytes, unfinished))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's files, 0 if there is no such folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def remove_newer_than(folder: Path, step: int) -> None:
     """Delete checkpoints of later steps: incomplete or corrupt ones, which a resumed run writes again."""
     for checkpoint in _checkpoint_folders(folder):

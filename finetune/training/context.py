@@ -16,11 +16,20 @@ from rich.markup import escape
 from finetune import __version__
 from finetune.distributed import collectives
 from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
-from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
+from finetune.distributed.interrupts import (
+    CLOSED_OUTPUT,
+    Interrupted,
+    NotFiniteError,
+    OutputClosed,
+    SignalFlag,
+    catch_signals,
+)
 from finetune.distributed.rank import DistInfo, dist_info
+from finetune.recipe.console import when_lost
+from finetune.recipe.disk import StorageError, writing_inside
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, SettingsT
-from finetune.recipe.runs import FORMAT
+from finetune.recipe.runs import FORMAT, STOPPED
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
@@ -133,7 +142,8 @@ class RunContext(Generic[SettingsT]):
         if collectives.any_rank(bool(self.signal_flag.signal_name)):
             # A signal may reach one rank only; its name is reported by all.
             name = next(filter(None, collectives.all_gather_object(self.signal_flag.signal_name)))
-            raise Interrupted(f"stopped by {name} {where}. Run the same command to resume")
+            kind = OutputClosed if name == CLOSED_OUTPUT else Interrupted
+            raise kind(f"stopped by {name} {where}. Run the same command to resume")
 
     @contextmanager
     def recorded(self, metadata: Mapping[str, Any], metric_spec: MetricSpec) -> Iterator[None]:
@@ -146,30 +156,41 @@ class RunContext(Generic[SettingsT]):
         Raises:
             Interrupted: a signal came.
             NotFiniteError: loss or gradient is NaN or infinite.
+            StorageError: the disk is full or read-only, or the folder is gone.
             UserError: a check failed during the run.
         """
         collectives.barrier()  # every rank has read the folder before rank 0 changes it
-        with self.run.locked(), catch_signals() as self.signal_flag:
+        with (
+            self.run.locked(),
+            catch_signals() as self.signal_flag,
+            when_lost(self.console, self.signal_flag.output_closed),
+        ):
             if self.run.replaced:
                 self.run.clear()
-            self._write_initial_record(metadata)
-            collectives.barrier()  # no rank may read a file of a replaced run
-            self.is_recording = True
             try:
-                yield
-            except Interrupted:
-                self.run.update(status="interrupted")
+                with writing_inside(self.run.path):
+                    self._write_initial_record(metadata)
+                    collectives.barrier()  # no rank may read a file of a replaced run
+                    self.is_recording = True
+                    yield
+                    self._write_final_record(metric_spec)
+            except Interrupted as stop:
+                is_closed = isinstance(stop, OutputClosed)
+                self.run.update(status=STOPPED if is_closed else "interrupted")
+                raise
+            except StorageError as error:
+                self.run.record_stop(error)
                 raise
             except (NotFiniteError, UserError) as error:
                 self.run.update(status="failed", error=str(error))
                 raise
-            self._write_final_record(metric_spec)
         collectives.barrier()  # no rank may use the result before rank 0 has finished it
 
     def _write_initial_record(self, metadata: Mapping[str, Any]) -> None:
         for note in self.recipe.notes:
             self.log(note)
         parent = parent_run_record(self.recipe.settings)
+        self.run.record.pop("error", None)  # that of an earlier start
         self.run.update(
             format=FORMAT,
             status="running",

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
-from transformers import PrinterCallback, Trainer
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
 from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.recipe.disk import writing_inside
 from finetune.training import checkpoints
 from finetune.training.context import RunContext
+from finetune.training.disk_plan import DiskPlan, check_run_space
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.first_steps import FirstStepsCheck
 from finetune.training.preflight.weight_checks import (
@@ -53,7 +57,12 @@ def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     before = frozen_checksums(trainer.model)
     # ZeRO-3's inference engine is destroyed before DeepSpeed wraps the model for training.
     ctx.loading_contexts.close()
-    with ctx.timed("train"):
+
+    def newest_checkpoint() -> Path:
+        return ctx.run.checkpoints / f"checkpoint-{trainer.state.global_step}"
+
+    size = DiskPlan.of(trainer.model, trainer.args, num_steps=1).checkpoint
+    with ctx.timed("train"), writing_inside(ctx.run.path, file=newest_checkpoint, needed=size):
         try:
             trainer.train(resume_from_checkpoint=str(last.path) if last.path else None)
         except AlreadyTrained:
@@ -65,6 +74,12 @@ def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
     if ctx.strategy in REPLICATED:
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
+
+
+def check_disk(ctx: RunContext, model: nn.Module, args: TrainingArguments, num_steps: int) -> None:
+    """Raise StorageError if the disk has no room for the checkpoints and the result of training a model."""
+    plan = DiskPlan.of(model, args, num_steps=num_steps)
+    check_run_space(ctx.run, plan, num_steps=num_steps, save_every=int(args.save_steps))
 
 
 def record_training_metrics(ctx: RunContext, trainer: Trainer, keys: Sequence[str]) -> None:

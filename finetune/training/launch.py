@@ -28,6 +28,7 @@ from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFi
 from finetune.distributed.rank import dist_info
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.console import Terminal
+from finetune.recipe.disk import writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.hub import check_hub
 from finetune.recipe.recipe import Recipe
@@ -109,7 +110,8 @@ def launch_processes(spec: LaunchSpec, num_processes: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
     with tempfile.TemporaryDirectory(prefix="llm-align-") as folder_name:
         folder = Path(folder_name)
-        (folder / SPEC_FILE).write_bytes(pickle.dumps(spec))
+        with writing(folder):
+            (folder / SPEC_FILE).write_bytes(pickle.dumps(spec))
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

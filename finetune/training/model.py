@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -33,6 +34,7 @@ from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.library_internals import disable_4bit_repacking, quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
+from finetune.recipe.disk import is_write_error, storage_error
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.hub import reads_base_offline
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
@@ -308,6 +310,9 @@ class _LoadErrors:
         if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)) and not isinstance(
             error, UserError
         ):
+            if is_write_error(error):
+                repair = "or point HF_HOME to a folder on another disk: the base is downloaded there"
+                raise storage_error(error, Path(HF_HUB_CACHE), repair=repair) or error from error
             where = f"model.base '{self.settings.base}'"
             # Errors of the hub run over many lines.
             actual = " ".join(str(error).split())[:300]

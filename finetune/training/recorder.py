@@ -113,6 +113,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """Write the checksums of the engine's new checkpoint, after every rank has written its files."""
         collectives.barrier()
         if self.run.is_writer:
+            self.run.check_present()
             write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         # No rank may stop or train on before the checkpoint is valid.
         collectives.barrier()

@@ -7,19 +7,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.files import data_fingerprint
 from finetune.distributed.rank import dist_info
+from finetune.recipe.disk import StorageError, writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import (
     FINISHED,
     LOCK_FILE,
+    RUNNING,
     RUNS_FOLDER,
+    STOPPED,
     read_finished_record,
     read_run_record,
     refuse_outdated,
@@ -32,6 +35,7 @@ from finetune.training.atomic_files import (
     read_jsonl,
     write_text_atomically,
 )
+from finetune.training.checkpoints import complete_steps, remove_newer_than
 from finetune.training.stored_rows import other_row_digests
 
 REPLACED = "replaced"
@@ -58,6 +62,7 @@ class RunDirectory:
         self.fingerprint = fingerprint
         self.record = read_run_record(path)
         self.is_writer = dist_info().is_main
+        self.is_held = False
 
     @classmethod
     def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
@@ -158,7 +163,9 @@ class RunDirectory:
         )
         unwritable = Problem(where, "not writable", "a writable folder", "use --out")
         with locked_folder(self.path, in_use=in_use, unwritable=unwritable):
+            self.is_held = True
             yield
+        self.is_held = False
 
     def update(self, **fields: Any) -> None:
         """Update fields of run.json; sections (dicts) are merged."""
@@ -178,8 +185,31 @@ class RunDirectory:
         """Append an entry to metrics.jsonl."""
         if not self.is_writer:
             return
-        with (self.path / METRICS).open("a", encoding="utf-8") as stream:
+        self.check_present()
+        with writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
+
+    def check_present(self) -> None:
+        """Raise StorageError if the folder was deleted: an engine would create it again, without the rest."""
+        if self.is_held and not (self.path / LOCK_FILE).exists():
+            repair = "run the same command again: it starts over"
+            actual = "the folder was deleted while the run used it"
+            raise StorageError(Problem(str(self.path), actual, "the folder of this run", repair))
+
+    def record_stop(self, error: StorageError) -> None:
+        """Record that the run has stopped, also where the disk has no room for a new run.json."""
+        if not self.is_writer or not self.path.is_dir():
+            return
+        # On a read-only disk the record keeps saying "running"; readers see that nobody holds the lock.
+        with suppress(OSError):
+            # An unfinished checkpoint is of no use, and the next run deletes it anyway.
+            remove_newer_than(self.checkpoints, max(complete_steps(self.checkpoints), default=0))
+        try:
+            self.update(status=STOPPED, error=str(error))
+        except StorageError:
+            self.record["status"] = STOPPED
+            with suppress(OSError):
+                overwrite_status(self.path / "run.json")
 
     def metrics(self) -> list[dict[str, Any]]:
         return self.read_jsonl(METRICS)
@@ -216,6 +246,21 @@ class RunDirectory:
             file.name != LOCK_FILE and file.name != PARTIAL_NAME.format("run.json")
             for file in self.path.iterdir()
         )
+
+
+def overwrite_status(record_file: Path) -> None:
+    """Replace the status ``running`` of a run.json by ``stopped`` in place.
+
+    The two have equally many bytes, so that the file needs no room on the disk.
+    """
+    running, stopped = (f'\n "status": "{status}"'.encode() for status in (RUNNING, STOPPED))
+    assert len(running) == len(stopped)
+    position = record_file.read_bytes().find(running)
+    if position < 0:
+        return
+    with record_file.open("r+b") as stream:
+        stream.seek(position)
+        stream.write(stopped)
 
 
 def run_fingerprint(settings: StageSettings) -> str:

@@ -15,6 +15,7 @@ from finetune.distributed import collectives, sharding
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import adapter_traits
+from finetune.recipe.disk import check_free_space
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
@@ -138,6 +139,7 @@ def merge_run(run: Path) -> Path:
 
     Raises:
         UserError: not a finished run, no adapter, or one that cannot be merged.
+        StorageError: the disk has no room for the merged model.
     """
     saved = read_generative_record(run)["reload"]
     adapter = run / "adapter"
@@ -160,7 +162,9 @@ def merge_run(run: Path) -> Path:
     assert isinstance(tuner, BaseTuner), "an adapter that cannot be merged declares it in its traits"
     merged: PreTrainedModel = tuner.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
-    with atomic_folder(run, MERGED) as folder:
+    size = sum(weight.numel() * weight.element_size() for weight in merged.parameters())
+    check_free_space(run, size, what="the merged model", repair="free some space, or move the run's folder")
+    with atomic_folder(run, MERGED, repair="then merge again") as folder:
         merged.save_pretrained(str(folder))
         verify_model(folder, merged.state_dict())
         tokenizer.save_pretrained(str(folder))

@@ -156,7 +156,8 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
-        Interrupted: a signal came; a checkpoint was saved, and the same command resumes.
+        Interrupted: a signal came, or nobody reads the output; a checkpoint was saved.
+        StorageError: the disk is full or read-only; the last checkpoint is left.
         NotFiniteError: loss, gradient or a reward became NaN or infinite.
     """
     run = RunDirectory.of(recipe, force=force)
@@ -186,7 +187,7 @@ def train(ctx: "RunContext", method: Method) -> None:
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.distributed import collectives
-    from finetune.training.fit import fit, record_training_metrics
+    from finetune.training.fit import check_disk, fit, record_training_metrics
     from finetune.training.generation import generate_sharded
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.save import save_policy
@@ -203,6 +204,7 @@ def train(ctx: "RunContext", method: Method) -> None:
         evals = GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
     sections, num_steps = method.prepare(), count_steps(ctx, method)
     args = method.training_arguments(num_steps)
+    check_disk(ctx, method.policy.model, args, num_steps)
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
     for name, section in sections.items():
         metadata[name] = {**metadata[name], **section} if name in metadata else section

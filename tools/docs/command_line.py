@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import click
 
 from align.cli import cli
-from align.cli.exit_status import DOES_NOT_FIT, INTERRUPTED, OUR_ERROR, USER_ERROR
+from align.cli.exit_status import CLOSED_OUTPUT, DOES_NOT_FIT, INTERRUPTED, OUR_ERROR, USER_ERROR
 from tools.docs.markdown import code, table
 
 PROGRAM = "llm-align"
@@ -29,6 +29,7 @@ def exit_status() -> str:
         "nothing was written unless the run had started",
         DOES_NOT_FIT: "`plan`: the run does not fit in memory",
         INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
+        CLOSED_OUTPUT: "nobody reads the output any more, as after `| head`; a run has saved a checkpoint",
     }
     return table(("status", "meaning"), [(str(status), text) for status, text in meanings.items()])
 
