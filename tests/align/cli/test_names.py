@@ -122,6 +122,7 @@ def recipes(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "dpo-old-33333333"
     run.mkdir(parents=True)
     record = {"format": FORMAT, "status": "finished", "stage": "dpo", "recipe": "old", "digest": "33333333"}
+    record["reload"] = {}
     (run / "run.json").write_text(json.dumps(record))
     (run / "recipe.yaml").write_text("stage: dpo\ndata: {source: owner/pairs}\n")
 
