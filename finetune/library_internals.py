@@ -29,6 +29,29 @@ QUANTIZATION_ATTRIBUTES = (
 ``tuners/lora/model.py`` chooses the adapter layers by them)."""
 
 
+def names_moved_to_experts(model_type: str) -> frozenset[str]:
+    """Return the names of layers that PEFT's LoRA replaces by the fused experts of a model type.
+
+    peft 0.21.2, ``utils/transformers_weight_conversion.py``: adapters of transformers 4 named the experts'
+    layers, which are one tensor now. The table has types that have no experts at all in some configs.
+    """
+    from peft.utils import transformers_weight_conversion as conversion  # noqa: PLC0415 - imports peft
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
+
+
+def checkpoint_state_dict(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the names and shapes of the files that ``save_pretrained`` writes.
+
+    transformers 5.23, ``core_model_loading.py``: the experts of a mixture are one tensor in memory, and one
+    per expert in the files.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415 - for saving only
+
+    return dict(revert_weight_conversion(model, state))
+
+
 def attention_implementation(config: "PretrainedConfig") -> str | None:
     """Return the attention implementation of a config; None before a model is loaded.
 

@@ -6,7 +6,15 @@ import click
 
 from align.cli.arguments import RecipeArguments, recipe_arguments, run_argument
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
-from align.cli.exit_status import INTERRUPTED, USER_ERROR, OutputGroup, fail
+from align.cli.exit_status import (
+    INTERRUPTED,
+    USER_ERROR,
+    ErrorReporting,
+    OutputGroup,
+    fail,
+    format_traceback,
+    traceback_option,
+)
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
@@ -41,10 +49,13 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; turn exceptions into messages and exit codes."""
     prepare_terminal()
+    reporting = ErrorReporting()
     try:
         # Not standalone: click would print its own messages and choose its own exit codes.
-        cli.main(prog_name=PROGRAM, standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False, obj=reporting)
     except UserError as error:
+        if reporting.traceback:
+            echo(format_traceback(error), err=True)
         fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
     except click.ClickException as error:
         fail(error.format_message(), USER_ERROR)
@@ -176,3 +187,5 @@ add_stage_commands(cli)
 cli.add_command(run_command)
 cli.add_command(plan)
 cli.add_command(completion)
+for command in cli.commands.values():
+    command.params.append(traceback_option())

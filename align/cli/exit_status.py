@@ -1,22 +1,55 @@
 """Exit statuses of ``llm-align``, and the messages of runs that stop."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from finetune.distributed.rank import dist_info
 from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
+from finetune.recipe.errors import LibraryError, UserError
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import discard, echo
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 CLOSED_OUTPUT = 141
 """Exit status after `| head` has closed the output: that of a program that SIGPIPE ends (128 + 13)."""
+TRACEBACK_HELP = "Print the traceback of an error, also of a library's."
 DOES_NOT_FIT = 3
 """Exit status of a plan that does not fit: no user error (2), no failure (1), but `plan && sft` must stop."""
+
+
+@dataclass
+class ErrorReporting:
+    """How the command line reports a user error: with ``--traceback``, its traceback comes first."""
+
+    traceback: bool = False
+
+
+def traceback_option() -> click.Option:
+    """Return the option ``--traceback``, which every command has."""
+
+    def store(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        reporting = context.find_object(ErrorReporting)
+        # A test may invoke a command without `main`.
+        if value and reporting is not None:
+            reporting.traceback = True
+
+    return click.Option(
+        ["--traceback"], is_flag=True, expose_value=False, callback=store, help=TRACEBACK_HELP
+    )
+
+
+def format_traceback(error: UserError) -> str:
+    """Return the traceback of a library's exception, or that of the error itself."""
+    # The exception may have been raised in another process: only its text arrives here.
+    if isinstance(error, LibraryError):
+        return error.cause["traceback"]
+    return "".join(traceback.format_exception(error))
 
 
 def fail(message: str, status: int) -> None:

@@ -30,7 +30,7 @@ from finetune.training.loading import add_adapter, load_frozen_base, load_text_e
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.model import Policy, TextEncoding
 from finetune.training.samples import evenly_spaced
-from finetune.training.stage import Method, check_environment
+from finetune.training.stage import Method, check_policy
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OnlineRL:
             UserError: a reward fails on a prompt.
         """
         ctx = self.ctx
-        check_environment(ctx, self.policy)
+        check_policy(ctx, self.policy)
         ctx.check(check_rewards(self.rewards, self.data))
         return {"rewards": rewards_record(ctx.settings.rewards)}
 

@@ -1,6 +1,5 @@
 """Block-mask attention for shared prompts, and the models that cannot take a block mask."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,15 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from align.preference.groups import ForwardCost, block_mask
-from finetune.library_internals import attention_implementation, has_recurrent_state
+from finetune.library_internals import attention_implementation
+from finetune.training.architectures import MASKABLE_LAYER_TYPES, mask_unsupported
 from finetune.training.model import unwrap_model
 
 MASKABLE_IMPLEMENTATIONS = ("eager", "sdpa")
-MASKABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Layer types that only read the mask; the last two within their window."""
 WINDOW_FIELDS = (
     "sliding_window",
     "sliding_window_size",
@@ -87,8 +85,7 @@ def block_mask_unsupported(config: PretrainedConfig, *, max_positions: int) -> s
     fields = text_config.to_dict()
     return (
         _implementation_reason(attention_implementation(text_config))
-        or _architecture_reason(config)
-        or _layer_reason(fields)
+        or mask_unsupported(config)
         or _window_reason(fields, max_positions)
     )
 
@@ -107,8 +104,10 @@ def forward_cost(model: nn.Module) -> ForwardCost:
 
 
 def _get_decoder(model: nn.Module) -> PreTrainedModel:
-    decoder: PreTrainedModel = unwrap_model(model).get_decoder()
-    return decoder
+    base = unwrap_model(model)
+    decoder = base.get_decoder()
+    # ModernBERT's decoder calls its LM head ``decoder``.
+    return decoder if isinstance(decoder, PreTrainedModel) else base.base_model
 
 
 def _prepend_virtual_tokens(mask: Tensor, *, num_input_virtual: int, num_cached_virtual: int) -> Tensor:
@@ -143,29 +142,6 @@ def _implementation_reason(name: str | None) -> str:
     if name is None or name in MASKABLE_IMPLEMENTATIONS:
         return ""
     return f"attention '{name}' does not support a block mask (model.attention=sdpa does)"
-
-
-def _architecture_reason(config: PretrainedConfig) -> str:
-    if type(config) not in MODEL_MAPPING:
-        return f"unknown architecture '{config.model_type}': it may not support a block mask"
-    architecture = MODEL_MAPPING[type(config)]
-    accepted = inspect.signature(architecture.forward).parameters
-    if has_recurrent_state(architecture):
-        return f"'{config.model_type}' has a recurrent state, which ignores the mask"
-    if not {"attention_mask", "position_ids"} <= set(accepted):
-        return f"'{config.model_type}' does not accept position_ids, which must restart for each completion"
-    return ""
-
-
-def _layer_reason(fields: Mapping[str, Any]) -> str:
-    unsupported = sorted({*(fields.get("layer_types") or [])} - MASKABLE_LAYER_TYPES)
-    if unsupported:
-        return f"layers of type {', '.join(unsupported)} do not support a block mask"
-    if fields.get("alibi"):
-        return "ALiBi biases by distance in the row, across completions"
-    if any("conv" in name for name in fields):
-        return "convolutions mix neighboring tokens regardless of the mask"
-    return ""
 
 
 def _window_reason(fields: Mapping[str, Any], max_positions: int) -> str:

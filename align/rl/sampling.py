@@ -11,6 +11,8 @@ from align.rl.settings import SamplingSettings
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
+from finetune.recipe.errors import Problem, UserError
+from finetune.training.architectures import ignores_padding
 from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
 
 TokenIds = Sequence[int]
@@ -158,6 +160,10 @@ def _generate_batch(
 ) -> list[list[int]]:
     """Return the new tokens of each row, padded to the longest; without ``sampler`` transformers samples."""
     prompt_length, pad_id = max(map(len, prompts)), sampling.stop_ids[0]
+    if min(map(len, prompts)) < prompt_length and ignores_padding(model):
+        actual = "prompts of different lengths, and a model that reads no mask of their padding"
+        repair = "sampling.generation_batch_size=1, or another base"
+        raise UserError(Problem("model.base", actual, "a model that reads the mask", repair))
     # Left padding: every prompt ends at the position from which generation continues.
     ids_BT = torch.tensor(
         [[pad_id] * (prompt_length - len(prompt)) + list(prompt) for prompt in prompts], device=device

@@ -110,11 +110,11 @@ class DPO:
         from align.preference.rows.dataset import to_completion_rows
         from align.preference.rows.row_checks import require_pairs
         from finetune.training.preflight.data_checks import check_tokenized
-        from finetune.training.stage import check_environment
+        from finetune.training.stage import check_policy
 
         ctx, data, policy = self.ctx, self.data, self.policy
         with ctx.timed("preflight"):
-            check_environment(ctx, policy)
+            check_policy(ctx, policy)
             if self.uses_trl:
                 require_pairs(data)
             # The row checks of SFT apply to each prompt with one completion.

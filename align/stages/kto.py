@@ -159,11 +159,11 @@ class KTO:
         from finetune.data.collate import PaddedCollator
         from finetune.training.preflight.data_checks import check_tokenized
         from finetune.training.preflight.invariance_checks import check_model
-        from finetune.training.stage import check_environment
+        from finetune.training.stage import check_policy
 
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
         with ctx.timed("preflight"):
-            check_environment(ctx, policy)
+            check_policy(ctx, policy)
             rows, weights = to_completion_rows(data.train), ctx.settings.kto.model_dump(exclude={"beta"})
             ctx.check(
                 *check_tokenized(policy, rows, data.report, text),

@@ -99,7 +99,7 @@ class RejectionSampling:
         from align.rl.completions import check_rewards
         from align.rl.rewards.loading import rewards_record
         from finetune.training.arguments import num_optimizer_steps, resolve_arguments
-        from finetune.training.stage import check_environment, policy_metadata
+        from finetune.training.stage import check_policy, policy_metadata
 
         ctx, settings, policy = self.ctx, self.ctx.settings, self.policies.policy_for_round(1)
         num_prompts = len(self._round_prompts(1))
@@ -108,7 +108,7 @@ class RejectionSampling:
         resolve_arguments(
             ctx, policy, longest=longest, steps=num_optimizer_steps(settings.train, num_prompts)
         )
-        check_environment(ctx, policy)
+        check_policy(ctx, policy)
         ctx.check(check_rewards(self.policies.rewards, self.data))
         amount = f"{num_prompts * settings.rejection.num_generations} completions of {num_prompts} prompts"
         ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")

@@ -122,12 +122,12 @@ class RewardModeling:
         from align.reward.model import find_input_embeddings
         from align.reward.preflight import check_data, check_margins, check_reward_model
         from finetune.training.preflight.checks import CheckResult
-        from finetune.training.stage import check_environment
+        from finetune.training.stage import check_policy
 
         ctx, data, policy, max_length = self.ctx, self.data, self.policy, self.text.max_length
         reward = ctx.settings.reward
         with ctx.timed("preflight"):
-            check_environment(ctx, policy)
+            check_policy(ctx, policy)
             if ctx.settings.train.engine == "trl":  # the native trainer takes ranked lists too
                 require_pairs(data)
             if self.block_mask_unsupported:

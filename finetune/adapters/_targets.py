@@ -14,6 +14,20 @@ ALL_LINEAR: Final = "all-linear"
 FEED_FORWARD_OUTPUT: Final = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 """Common names of the output layer of the feed-forward block."""
 
+FUSED_MAMBA = ("out_proj", "conv1d")
+UNCALLED_LAYERS = {
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), FUSED_MAMBA
+    ),
+    **dict.fromkeys(("mamba", "falcon_mamba"), (*FUSED_MAMBA, "dt_proj")),
+    "jamba": ("dt_proj",),
+    "gemma3n_text": ("correction_coefs",),
+}
+"""Layers by model type whose weights a fused kernel or the model reads without calling them: an adapter has
+no effect there (transformers 5.23, ``models/*/modeling_*.py``)."""
+ROUTER_CLASSES = ("Router", "GroupedLinear")
+"""Ends of the class names of subclasses of ``nn.Linear`` that return several tensors, or take groups."""
+
 Target = Literal["all-linear"] | Annotated[list[NonEmptyStr], Field(min_length=1)]
 
 
@@ -29,6 +43,49 @@ def linear_module_names(model: "PreTrainedModel") -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
     return list(dict.fromkeys(names))
+
+
+def resolve_targets(model: "PreTrainedModel", target: Target, *, lora: bool = False) -> Target:
+    """Return ``target_modules`` for PEFT: only layers that compute a plain linear map.
+
+    Args:
+        model: the base.
+        target: the recipe's ``adapter.target``.
+        lora: whether PEFT's LoRA adapts them, which moves some names to the fused experts of a mixture.
+
+    Raises:
+        UserError: a target matches no layer, or PEFT would adapt fused experts in its place.
+    """
+    from finetune.adapters._task import SEQ_CLS, peft_task_type
+    from finetune.library_internals import names_moved_to_experts
+
+    check_targets(model, target)
+    kind = model.config.model_type
+    moved = names_moved_to_experts(kind) if lora else frozenset()
+    if target != ALL_LINEAR:
+        if refused := sorted({name.rsplit(".", 1)[-1] for name in target} & moved):
+            actual = f"in a model of type '{kind}' PEFT replaces {', '.join(refused)} by the fused experts"
+            expected = "layers outside of the experts, which cannot be adapted"
+            raise UserError(Problem("adapter.target", actual, expected, "adapter.target=all-linear"))
+        return target
+    names = linear_module_names(model)
+    excluded = {*moved, *_router_names(model), *UNCALLED_LAYERS.get(kind, ())}
+    # PEFT finds the layers itself, unless it would find others too.
+    if not moved and not excluded & set(names):
+        return target
+    excluded |= {"score"} if peft_task_type(model) == SEQ_CLS else set()
+    return [name for name in names if name not in excluded]
+
+
+def _router_names(model: "PreTrainedModel") -> set[str]:
+    """Return the names of layers that are linear by their class, but route or group their inputs."""
+    from torch import nn
+
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith(ROUTER_CLASSES)
+    }
 
 
 def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters import lora
-from finetune.adapters._targets import check_targets
+from finetune.adapters._targets import resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Hooks, Traits
 from finetune.recipe.compatibility import Rule
@@ -85,14 +85,14 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import AdaLoraConfig, get_peft_model
 
-    check_targets(model, settings.target)
+    target = resolve_targets(model, settings.target)
     config = AdaLoraConfig(
         task_type=peft_task_type(model),
         init_r=settings.resolved_init_rank,
         target_r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=target,
         total_step=1,  # required by PEFT; RankBudget sets the schedule
     )
     peft_model: PeftModel = get_peft_model(model, config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
@@ -51,13 +51,13 @@ def with_lora(model: "PreTrainedModel", settings: Settings, **variant: bool | st
     """Return the base with LoRA or a variant of it; ``variant`` are further arguments of LoraConfig."""
     from peft import LoraConfig, get_peft_model
 
-    check_targets(model, settings.target)
+    target = resolve_targets(model, settings.target, lora=True)
     config = LoraConfig(
         task_type=peft_task_type(model),
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=target,
         **variant,
     )
     peft_model: PeftModel = get_peft_model(model, config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
@@ -42,12 +42,12 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import OFTConfig, get_peft_model
 
-    check_targets(model, settings.target)
+    target = resolve_targets(model, settings.target)
     config = OFTConfig(
         task_type=peft_task_type(model),
         oft_block_size=settings.block_size,
         module_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=target,
         # PEFT's default approximates the inverse by a few terms of a series, and R is not exactly orthogonal.
         use_cayley_neumann=False,
     )

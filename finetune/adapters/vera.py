@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
@@ -40,13 +40,13 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import VeraConfig, get_peft_model
 
-    check_targets(model, settings.target)
+    target = resolve_targets(model, settings.target)
     config = VeraConfig(
         task_type=peft_task_type(model),
         r=settings.rank,
         d_initial=settings.d_initial,
         vera_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=target,
     )
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -57,6 +57,22 @@ class UserError(Exception):
         return type(self), (self.problems,)
 
 
+class LibraryError(UserError):
+    """A library's exception on the user's model, adapter or setting; the exception itself is ``__cause__``.
+
+    Attributes:
+        cause: its type, text, location and traceback, for run.json; unlike ``__cause__`` it is pickled.
+    """
+
+    def __init__(self, problems: Problem | Sequence[Problem], cause: Mapping[str, str]) -> None:
+        super().__init__(problems)
+        self.cause = dict(cause)
+
+    def __reduce__(self) -> tuple[type["LibraryError"], tuple[list[Problem], dict[str, str]]]:  # type: ignore[override]
+        """Pickle the problems and the cause, for sending the error between processes."""
+        return LibraryError, (self.problems, self.cause)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the known name closest to ``name``, "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

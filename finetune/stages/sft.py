@@ -65,11 +65,11 @@ class SFT:
         """
         from finetune.training.preflight.data_checks import check_tokenized
         from finetune.training.preflight.invariance_checks import check_model
-        from finetune.training.stage import check_environment
+        from finetune.training.stage import check_policy
 
         ctx, data, policy = self.ctx, self.data, self.policy
         with ctx.timed("preflight"):
-            check_environment(ctx, policy)
+            check_policy(ctx, policy)
             blocks = ctx.settings.data.text_format is not None
             conversations = None if blocks else data.prompts
             ctx.check(

@@ -19,6 +19,8 @@ GENERATION_TOKEN_FACTOR = 4
 """Tokens generated in parallel, as a multiple of a training forward pass: sampling stores no activations."""
 
 DEFAULT_MAX_LENGTH = 2048
+NO_POSITION_LIMIT = 2**31
+"""Positions of a model whose config.json has no maximum: it has a recurrent state, or biases by distance."""
 MIN_ROW_TOKENS = 8
 CHECKPOINTS_PER_RUN = 10
 
@@ -61,7 +63,9 @@ def max_length(requested: int | None, *, context: int, virtual_tokens: int) -> t
         expected = f"at most {context - MIN_ROW_TOKENS}, so that a row of {MIN_ROW_TOKENS} tokens fits"
         raise UserError(Problem("adapter.virtual_tokens", actual, expected))
     if requested is None:
-        return min(available, DEFAULT_MAX_LENGTH), f"the model has {context} positions"
+        unlimited = context >= NO_POSITION_LIMIT
+        reason = "the model has no maximum" if unlimited else f"the model has {context} positions"
+        return min(available, DEFAULT_MAX_LENGTH), reason
     if requested > available:
         taken = f", the adapter takes {virtual_tokens}" if virtual_tokens else ""
         expected = f"at most {available}: the model has {context} positions{taken}"

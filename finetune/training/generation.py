@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -10,6 +11,7 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.sharding import is_sharded
+from finetune.training.architectures import ignores_padding
 from finetune.training.context import RunContext
 from finetune.training.model import Policy, TextEncoding
 
@@ -62,18 +64,14 @@ def generate_completions(
     # Half of the context at least is left to the prompt.
     max_new_tokens = min(max_new_tokens, context // 2)
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
-    # Batches of similar lengths: less padding.
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    batches = _batches([len(ids) for ids in encoded], padded=not ignores_padding(model))
     completions: dict[int, Completion] = {}
     training = model.training
     model.eval()
     sharded = is_sharded(model)
-    batches = range(0, len(order), PROMPTS_PER_BATCH)
     # With sharded weights each forward pass is a collective: ranks with fewer batches generate dummy ones.
     num_batches = max(all_gather_object(len(batches))) if sharded else len(batches)
-    for indices in ([order[start : start + PROMPTS_PER_BATCH] for start in batches] + [[]] * num_batches)[
-        :num_batches
-    ]:
+    for indices in (batches + [[]] * num_batches)[:num_batches]:
         rows = [encoded[index] for index in indices] or [encoder.stop_ids[:1]]
         new_ids = _generate(model, encoder, rows, max_new_tokens, temperature, synced=sharded)
         completions |= {
@@ -82,6 +80,19 @@ def generate_completions(
         }
     model.train(training)
     return [completions[index] for index in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], *, padded: bool) -> list[list[int]]:
+    """Return the indices of prompts in batches of similar lengths, or of equal ones without padding."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    groups = [order]
+    if not padded:
+        groups = [list(group) for _, group in groupby(order, key=lambda index: lengths[index])]
+    return [
+        group[start : start + PROMPTS_PER_BATCH]
+        for group in groups
+        for start in range(0, len(group), PROMPTS_PER_BATCH)
+    ]
 
 
 def _generate(

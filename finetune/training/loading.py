@@ -12,12 +12,21 @@ from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.discovery import adapter_traits
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
+from finetune.training.architectures import mask_unsupported
 from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
-from finetune.training.model import Policy, TextEncoding, attach_adapter, build_text_encoding, load_base
+from finetune.training.model import (
+    Policy,
+    TextEncoding,
+    attach_adapter,
+    build_text_encoding,
+    load_base,
+    load_config,
+)
 from finetune.training.resume_adapter import load_adapter_weights
 
 
@@ -78,8 +87,18 @@ def load_text_encoding(ctx: RunContext, *, trl_config: TrlConfigSpec = SFT_CONFI
         rows = 1 if micro_batch_size == "auto" else micro_batch_size
         check_batch_divides(settings.train.batch_size, rows, target.processes)
     text, reason = build_text_encoding(settings)
+    if settings.data.packing:
+        _refuse_unpackable(settings.model)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text
+
+
+def _refuse_unpackable(settings: ModelSettings) -> None:
+    """Raise UserError if the base's architecture mixes the rows that are packed together."""
+    if reason := mask_unsupported(load_config(settings)):
+        expected = "false for this base: rows that are packed together would see each other"
+        repair = "data.packing=false (rows are batched by length anyway)"
+        raise UserError(Problem("data.packing", f"true, but {reason}", expected, repair))
 
 
 def load_data(ctx: RunContext, text: TextEncoding) -> PreparedData:

@@ -1,6 +1,7 @@
 """Load the base model (dtype, quantization, sharding), tokenizer and config, and attach the adapter."""
 
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,13 +36,23 @@ from finetune.library_internals import disable_4bit_repacking, quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.disk import is_write_error, storage_error
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import LibraryError, Problem, UserError
 from finetune.recipe.hub import reads_base_offline
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 from finetune.training import auto_values
+from finetune.training.architectures import check_causal_architecture
+from finetune.training.library_errors import (
+    MAX_MESSAGE,
+    adapter_errors,
+    describe_cause,
+    raised_by_library,
+    to_library_error,
+)
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
 
 HUB_REPAIR = "accept the license of a gated model and log in (hf auth login); offline: --base FOLDER"
+MODEL_CLASSES = re.compile(r"transformers/models/(?!auto/)")
+"""Files of the classes of models and their configs."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,6 +91,8 @@ def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
         UserError: no such base, no EOS, no chat template, or ``max_length`` exceeds the model's positions.
     """
     virtual_tokens = settings.adapter.positions
+    # The config comes first: what is no language model may have no tokenizer either.
+    context = context_length(settings.model)
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(
         tokenizer,
@@ -88,7 +101,6 @@ def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
         template_options=settings.data.template_options,
         reasoning=settings.data.reasoning,
     )
-    context = context_length(settings.model)
     max_length, reason = auto_values.max_length(
         settings.data.max_length, context=context, virtual_tokens=virtual_tokens
     )
@@ -123,7 +135,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     """Return the base's config, with the recipe's RoPE scaling.
 
     Raises:
-        UserError: the base has none, or its RoPE cannot be scaled.
+        UserError: the base has none, it is no causal language model, or its RoPE cannot be scaled.
     """
     with _LoadErrors(settings):
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -132,12 +144,13 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
             trust_remote_code=settings.trust_remote_code,
             local_files_only=reads_base_offline(settings),
         )
-        extend_context(config, settings.rope, base=settings.base)
+    check_causal_architecture(config, base=settings.base)
+    extend_context(config, settings.rope, base=settings.base)
     return config
 
 
 def context_length(settings: ModelSettings) -> int:
-    """Return the base's maximum positions, from its config."""
+    """Return the base's maximum positions, from its config; ``NO_POSITION_LIMIT`` without a maximum."""
     return max_positions(load_config(settings))
 
 
@@ -209,9 +222,9 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Modu
     Raises:
         UserError: the adapter does not fit this model.
     """
-    adapted: nn.Module = load_plugin("finetune.adapters", settings.method, where="adapter.method").build(
-        model, settings
-    )
+    plugin = load_plugin("finetune.adapters", settings.method, where="adapter.method")
+    with adapter_errors(model, settings):
+        adapted: nn.Module = plugin.build(model, settings)
     return adapted
 
 
@@ -297,7 +310,7 @@ def _disable_nf4_repacking(model: nn.Module) -> None:
 
 
 class _LoadErrors:
-    """Translates errors of the hub and of file readers into a UserError."""
+    """Translates errors of the hub, of file readers and of model classes into a UserError."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.settings = settings
@@ -307,17 +320,26 @@ class _LoadErrors:
             disable_progress_bar()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)) and not isinstance(
-            error, UserError
-        ):
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        where = f"model.base '{self.settings.base}'"
+        expected = "a causal language model in safetensors, with its tokenizer"
+        if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
             if is_write_error(error):
                 repair = "or point HF_HOME to a folder on another disk: the base is downloaded there"
                 raise storage_error(error, Path(HF_HUB_CACHE), repair=repair) or error from error
-            where = f"model.base '{self.settings.base}'"
             # Errors of the hub run over many lines.
-            actual = " ".join(str(error).split())[:300]
-            expected = "a causal language model in safetensors, with its tokenizer"
+            actual = " ".join(str(error).split())[:MAX_MESSAGE]
             # The Hub's errors are OSErrors; a ValueError is about the content of a downloaded file.
             from_hub = isinstance(error, OSError) and not Path(resolve_base(self.settings.base)).is_dir()
-            repair = HUB_REPAIR if from_hub else ""
-            raise UserError(Problem(where, actual, expected, repair)) from error
+            problem = Problem(where, actual, expected, HUB_REPAIR if from_hub else "")
+            cause = describe_cause(error)
+            # Unlike an error on a file, one of a model's class is recorded: it may be the library's fault.
+            if MODEL_CLASSES.match(cause["location"]):
+                raise LibraryError(problem, cause) from error
+            raise UserError(problem) from error
+        if raised_by_library(error):
+            repair = "check its config.json, or choose another base"
+            raise to_library_error(
+                error, where=where, step="it cannot be loaded", expected=expected, repair=repair
+            ) from error

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from finetune.library_internals import recomputes_frequencies, restore_frequencies
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import RopeSettings
+from finetune.training.auto_values import NO_POSITION_LIMIT
 
 ROTARY_MODELS = ("Llama", "Mistral", "Qwen", "GPT-NeoX")
 
@@ -32,6 +33,9 @@ def extend_context(config: PretrainedConfig, rope: RopeSettings | None, *, base:
         return
     text_config = config.get_text_config()
     parameters = _unscaled_parameters(text_config, base)
+    if max_positions(config) == NO_POSITION_LIMIT:
+        actual = f"{base} ({text_config.model_type}) has no maximum of positions"
+        raise UserError(Problem("model.rope", actual, "a base with one, to be extended", "remove model.rope"))
     original = int(text_config.max_position_embeddings)
     rope_parameters: dict[str, Any] = {"rope_type": rope.method, "factor": rope.factor}
     if rope.method == "yarn":
@@ -42,11 +46,18 @@ def extend_context(config: PretrainedConfig, rope: RopeSettings | None, *, base:
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Return a model's maximum positions; with dynamic scaling more than ``max_position_embeddings``."""
+    """Return a model's maximum positions; with dynamic scaling more than ``max_position_embeddings``.
+
+    Without that key there is no limit: ``NO_POSITION_LIMIT``.
+    """
     text_config = config.get_text_config()
+    # Not every config class has it (BLOOM, Mamba), and XLNet's is -1.
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return NO_POSITION_LIMIT
     parameters = text_config.to_dict().get("rope_parameters") or {}
     dynamic = parameters.get("rope_type") == "dynamic"
-    extended: int = round(text_config.max_position_embeddings * (parameters["factor"] if dynamic else 1.0))
+    extended: int = round(positions * (parameters["factor"] if dynamic else 1.0))
     return extended
 
 

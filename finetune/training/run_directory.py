@@ -15,10 +15,11 @@ from typing import Any
 from finetune.data.files import data_fingerprint
 from finetune.distributed.rank import dist_info
 from finetune.recipe.disk import StorageError, writing
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import LibraryError, Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import (
     FINISHED,
+    FORMAT,
     LOCK_FILE,
     RUNNING,
     RUNS_FOLDER,
@@ -127,7 +128,10 @@ class RunDirectory:
                 Problem(f"--out {self.path}", "a folder with other files, not a run", expected, repair)
             )
         refuse_outdated(f"--out {self.path}", self.record)
-        if self.record and self.record["digest"] != self.digest:
+        if self._stopped_before_start:
+            # A library stopped it before its first step: there is only the record of that to replace.
+            self.record["status"] = REPLACED
+        elif self.record and self.record["digest"] != self.digest:
             actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
             repair = "choose another --out, or --force to replace that run"
             raise UserError(
@@ -175,6 +179,17 @@ class RunDirectory:
                 {**previous, **value} if isinstance(previous, dict) and isinstance(value, dict) else value
             )
         self.write("run.json", json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def record_library_error(self, error: LibraryError, *, command: str) -> None:
+        """Write the failure and its cause to run.json, also of a run that has not started yet."""
+        # An earlier run that --force would replace keeps its record.
+        if not self.is_writer or (self.replaced and not self._stopped_before_start):
+            return
+        recipe = {"stage": self.recipe.stage, "recipe": self.recipe.name, "command": command}
+        # Without the lock nothing may be written; the error itself is still reported.
+        with suppress(UserError), self.locked():
+            self.update(format=FORMAT, status="failed", digest=self.digest, **recipe)
+            self.update(error=str(error), cause=error.cause)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -238,6 +253,11 @@ class RunDirectory:
         assert self.is_writer, "only rank 0 saves"
         with atomic_folder(self.path, name) as partial:
             yield partial
+
+    @property
+    def _stopped_before_start(self) -> bool:
+        """Return whether the record only holds a library's error from before the first step."""
+        return "cause" in self.record and "started" not in self.record
 
     def _has_foreign_files(self) -> bool:
         """Return whether the folder holds files that a run killed at its start would not leave."""

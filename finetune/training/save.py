@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from finetune.adapters._load import add_loading_instructions, load_saved_adapter
 from finetune.distributed import collectives, sharding
 from finetune.distributed.hardware import detect_hardware
+from finetune.library_internals import checkpoint_state_dict
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.disk import check_free_space
@@ -86,16 +87,15 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
 
 
 def _write_model(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
-    """Write the full model on rank 0, and return its tensors in memory."""
+    """Write the full model on rank 0, and return its tensors in memory by their names in the files."""
     assert isinstance(model, PreTrainedModel)
     if not sharding.is_sharded(model):
         if main:
             model.save_pretrained(str(folder))
-        model_state: dict[str, torch.Tensor] = model.state_dict()
-        return model_state
+        return checkpoint_state_dict(model, model.state_dict())
     live = sharding.full_state_dict(model)
     model.save_pretrained(str(folder), state_dict=live, is_main_process=main)
-    return live
+    return checkpoint_state_dict(model, live)
 
 
 def _verify_adapter(folder: Path, live: dict[str, torch.Tensor]) -> None:
@@ -166,7 +166,7 @@ def merge_run(run: Path) -> Path:
     check_free_space(run, size, what="the merged model", repair="free some space, or move the run's folder")
     with atomic_folder(run, MERGED, repair="then merge again") as folder:
         merged.save_pretrained(str(folder))
-        verify_model(folder, merged.state_dict())
+        verify_model(folder, checkpoint_state_dict(merged, merged.state_dict()))
         tokenizer.save_pretrained(str(folder))
     return run / MERGED
 

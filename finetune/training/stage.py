@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
+from finetune.recipe.errors import LibraryError
 from finetune.recipe.recipe import Recipe
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
@@ -156,6 +157,7 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
+        LibraryError: a library raised an exception before the first step; run.json has its traceback.
         Interrupted: a signal came, or nobody reads the output; a checkpoint was saved.
         StorageError: the disk is full or read-only; the last checkpoint is left.
         NotFiniteError: loss, gradient or a reward became NaN or infinite.
@@ -166,11 +168,15 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
         from finetune.training.context import RunContext
 
         stage, ctx = load_stage(recipe.stage), RunContext(recipe, run, console, command)
-        # Rejection sampling has a loop of its own.
-        if hasattr(stage, "run"):
-            stage.run(ctx)
-        else:
-            train(ctx, stage.build(ctx))
+        try:
+            # Rejection sampling has a loop of its own.
+            if hasattr(stage, "run"):
+                stage.run(ctx)
+            else:
+                train(ctx, stage.build(ctx))
+        except LibraryError as error:
+            run.record_library_error(error, command=command)
+            raise
     return Result.of(run)
 
 
@@ -190,6 +196,8 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.fit import check_disk, fit, record_training_metrics
     from finetune.training.generation import generate_sharded
     from finetune.training.generation_eval import GenerationEvals
+    from finetune.training.library_errors import adapter_errors
+    from finetune.training.model import unwrap_model
     from finetune.training.save import save_policy
 
     def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
@@ -202,7 +210,9 @@ def train(ctx: "RunContext", method: Method) -> None:
         evals = method.evals
     elif spec.generates:
         evals = GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
-    sections, num_steps = method.prepare(), count_steps(ctx, method)
+    with adapter_errors(unwrap_model(method.policy.model), ctx.settings.adapter, first_pass=True):
+        sections = method.prepare()
+    num_steps = count_steps(ctx, method)
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
@@ -236,13 +246,19 @@ def count_steps(ctx: "RunContext", method: Method) -> int:
     return num_optimizer_steps(ctx.settings.train, len(method.data.train))
 
 
-def check_environment(ctx: "RunContext", policy: "Policy") -> None:
-    """Report precision, device and library versions as the first check; log the model's size."""
+def check_policy(ctx: "RunContext", policy: "Policy") -> None:
+    """Report size, precision, device and versions; check that the base is causal and the adapter reaches it.
+
+    Raises:
+        UserError: the base attends to later tokens.
+    """
     from finetune.training.model import count_parameters
+    from finetune.training.preflight.architecture_checks import check_causality, check_coverage
     from finetune.training.preflight.checks import CheckResult
 
     ctx.log(count_parameters(policy.model).describe())
     ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+    ctx.check(check_causality(policy), *check_coverage(policy.model, ctx.settings.adapter))
 
 
 def held_out_metrics(method: Method, trainer: "Trainer", when: When) -> dict[str, float]:

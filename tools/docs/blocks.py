@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.docs import catalog, command_line, compatibility, keys, layouts, memory, preflight
+from tools.docs import catalog, command_line, compatibility, families, keys, layouts, memory, preflight
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- generated: (?P<call>[\w. -]+) -->\n(?P<content>.*?)^<!-- end -->$", re.M | re.S)
@@ -20,6 +20,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "cli-all": command_line.all_commands,
     "compatibility-all": compatibility.all_tables,
     "exit-status": command_line.exit_status,
+    "families": families.families,
     "gpus": catalog.gpus,
     "keys": keys.section_keys,
     "layouts": layouts.layouts,

@@ -133,8 +133,8 @@ def test_a_run_trains_and_records_metrics(single: Result) -> None:
         "correlation_with_length",
     } <= held_out.keys()
     assert record["reward_normalization"]["reward"]["completions"] == 18
-    assert [tick["name"] for tick in record["preflight"]][:8] == [
-        *("environment", "score", "truncation", "vocabulary"),
+    assert [tick["name"] for tick in record["preflight"]][:9] == [
+        *("environment", "causality", "score", "truncation", "vocabulary"),
         *("gradient", "accumulation", "layout", "library"),
     ]
     assert all(tick["passed"] for tick in record["preflight"])

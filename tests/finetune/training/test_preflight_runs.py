@@ -32,6 +32,7 @@ from finetune.training.stage import run_stage
 ENGINES = ("native", "trl")
 BEFORE = [
     "environment",
+    "causality",
     "stop token",
     "loss mask",
     "BOS",
