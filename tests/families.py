@@ -111,7 +111,7 @@ DECODERS = (
     *("afmoe", "apertus", "arcee", "aria_text", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere"),
     *("cohere2", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5"),
     *("ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma"),
-    *("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2"),
+    *("gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2"),
     *("gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba"),
     *("jetmoe", "lfm2", "lfm2_moe", "llama", "llama4_text", "mamba", "mamba2", "minimax", "ministral"),

@@ -38,11 +38,13 @@ def linear_module_names(model: "PreTrainedModel") -> list[str]:
 
     head = model.get_output_embeddings()
     names = [
-        name.rsplit(".", 1)[-1]
+        name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
-    return list(dict.fromkeys(names))
+    # A layer of a ModuleList has a number as its name, which other lists have too: it needs the list's name.
+    parts = (name.rsplit(".", 2) for name in names)
+    return list(dict.fromkeys(".".join(part[-2:]) if part[-1].isdigit() else part[-1] for part in parts))
 
 
 def resolve_targets(model: "PreTrainedModel", target: Target, *, lora: bool = False) -> Target:
