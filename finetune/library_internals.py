@@ -127,6 +127,19 @@ def quant_state(tensor: Tensor) -> Any | None:
     return getattr(tensor, "quant_state", None)
 
 
+def quantization_scales(weight: Tensor) -> list[Tensor]:
+    """Return the floating-point scales of a quantized weight: of blocks (4 bit) or rows (int8); else none.
+
+    bitsandbytes 0.50.2: ``functional.py``, ``QuantState`` (``absmax`` is quantized too if nested: then
+    ``offset`` and ``state2`` hold its scales); ``nn/modules.py``, ``Int8Params.SCB``.
+    """
+    state = quant_state(weight)
+    scales = [getattr(weight, "SCB", None)]
+    if state is not None:
+        scales += [state.absmax, state.offset, state.state2.absmax if state.nested else None]
+    return [scale for scale in scales if scale is not None and scale.is_floating_point()]
+
+
 def is_zero3_param(param: Tensor) -> bool:
     """Return whether DeepSpeed has partitioned a parameter.
 

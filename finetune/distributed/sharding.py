@@ -30,11 +30,16 @@ def full_numel(param: nn.Parameter) -> int:
     return zero3_full_shape(param).numel()
 
 
+def local_shard(param: nn.Parameter) -> Tensor:
+    """Return this rank's shard of a parameter, or all of it."""
+    if is_zero3_param(param):
+        return zero3_shard(param)
+    return param.data.to_local() if isinstance(param.data, DTensor) else param.data
+
+
 def local_numel(param: nn.Parameter) -> int:
     """Return the number of elements in this rank's shard of a parameter."""
-    if is_zero3_param(param):
-        return zero3_shard(param).numel()
-    return param.data.to_local().numel() if isinstance(param.data, DTensor) else param.numel()
+    return local_shard(param).numel()
 
 
 def reshard(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ from finetune.recipe.hub import reads_base_offline
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 from finetune.training import auto_values
 from finetune.training.architectures import check_causal_architecture
+from finetune.training.finite_weights import check_finite_weights
 from finetune.training.library_errors import (
     MAX_MESSAGE,
     adapter_errors,
@@ -174,7 +175,7 @@ def load_base(
         strategy: ``fsdp2`` shards the weights, ``zero3`` within ``sharding.zero3_init``.
 
     Raises:
-        UserError: there is no such base, or its files are corrupt.
+        UserError: there is no such base, its files are corrupt, or a weight is NaN or infinite.
     """
     config = load_config(settings)
     if heads:
@@ -206,6 +207,7 @@ def load_base(
         ]
         missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
         _check_all_loaded([*missing, *mismatched])
+    check_finite_weights(model, settings.base, in_float16=precision == "float16" or quantization == "int8")
     if quantization == "nf4" and hardware.device == "cpu":
         _disable_nf4_repacking(model)
     reset_dynamic_rope(model)

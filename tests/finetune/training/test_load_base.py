@@ -13,6 +13,18 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base
 
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def with_value(base: Path, folder: Path, value: float) -> Path:
+    """Return a copy of a base, one element of which has the value."""
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights[WEIGHT][1, 2] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
 
 def load(folder: Path, *, precision: str = "float32", quantization: str = "none", **settings: str):
     model = ModelSettings(base=str(folder), **settings)
@@ -49,6 +61,25 @@ def test_a_missing_weight_is_refused(base_folder: Path, tmp_path: Path, quantiza
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack 1 of the weights .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load(tmp_path, quantization=quantization)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_weight_that_is_not_finite_is_named(
+    base_folder: Path, tmp_path: Path, quantization: str, value: float
+) -> None:
+    folder = with_value(base_folder, tmp_path, value)
+    with pytest.raises(UserError) as error:
+        load(folder, quantization=quantization)
+    assert "1 of its " in str(error.value) and str(error.value).count(WEIGHT) == 1
+
+
+def test_a_weight_beyond_the_range_of_float16_names_the_precision(base_folder: Path, tmp_path: Path) -> None:
+    folder = with_value(base_folder, tmp_path, 1e5)
+    load(folder)
+    load(folder, precision="bfloat16")
+    with pytest.raises(UserError, match=rf"{WEIGHT}(.|\n)*model\.precision=bfloat16"):
+        load(folder, precision="float16")
 
 
 def test_precision_and_attention_are_applied(base_folder: Path) -> None:
