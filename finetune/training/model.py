@@ -41,7 +41,6 @@ from finetune.recipe.hub import reads_base_offline
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 from finetune.training import auto_values
 from finetune.training.architectures import check_causal_architecture
-from finetune.training.finite_weights import check_finite_weights
 from finetune.training.library_errors import (
     MAX_MESSAGE,
     adapter_errors,
@@ -49,6 +48,7 @@ from finetune.training.library_errors import (
     raised_by_library,
     to_library_error,
 )
+from finetune.training.preflight.weight_checks import check_finite_weights
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
 
 HUB_REPAIR = "accept the license of a gated model and log in (hf auth login); offline: --base FOLDER"
@@ -202,8 +202,7 @@ def load_base(
             output_loading_info=True,
         )
         mismatched = [
-            f"{name}: {saved_shape} instead of {expected_shape}"
-            for name, saved_shape, expected_shape in loading_info["mismatched_keys"]
+            f"{name}: {saved} instead of {built}" for name, saved, built in loading_info["mismatched_keys"]
         ]
         missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
         _check_all_loaded([*missing, *mismatched])

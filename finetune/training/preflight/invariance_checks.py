@@ -191,7 +191,7 @@ def _packing_result(
     unit = "of the logits' standard deviation"
     repair = "data.packing=false (rows are batched by length anyway), or model.attention=sdpa"
     if leak > allowed:
-        actual = f"other tokens in the rows packed beside a row change its logits by {leak:.1e} {unit}"
+        actual = f"other tokens in the neighbors of a packed row change its logits by {leak:.1e} {unit}"
         expected = "no change" if allowed == 0 else f"at most {allowed:.0e}, as for rows that are not packed"
         return failed("packing", Problem("data.packing", actual, f"{expected}: rows are separate", repair))
     detail = f"logits of {num_rows} rows, packed and alone, differ by {difference:.1e} {unit}"

@@ -264,7 +264,7 @@ def test_a_leak_of_one_percent_is_found_in_every_precision(name: str, dtype: tor
     assert healthy.problem is None and "in their neighbors change them not at all" in healthy.detail
     model.get_input_embeddings().register_forward_hook(leak)
     found = invariance_checks.check_packing_isolation(model, ROWS, PACKED["lines"], epsilon=epsilon)
-    assert found.problem is not None and "other tokens in the rows packed beside" in found.detail
+    assert found.problem is not None and "other tokens in the neighbors of a packed row" in found.detail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
