@@ -1,7 +1,7 @@
 """Recipe section of stage dpo: the loss, the reference and the early stop; and the stage's rules."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH
 from align.shared_rules import CONSISTENCY, PREFERENCE_NEFTUNE, TRL_REFERENCE
 from finetune.recipe.compatibility import Rule, caught, is_set
 from finetune.recipe.errors import Problem, UserError, one_of
-from finetune.recipe.settings import NonEmptyStr, Section
+from finetune.recipe.settings import NonEmptyStr, PositiveFloat, Section
 
 DEFAULT_LOSS = "dpo"
 TRL_LOSS_TYPES = {
@@ -42,7 +42,7 @@ class DPOSettings(Section):
         description="reference log-probabilities: precomputed before step 0 and cached, or live in each step",
     )
     # Off: the chosen completions' likelihood falls in most successful DPO runs (arXiv 2404.19733).
-    max_chosen_logp_drop: Annotated[float, Field(gt=0)] | None = Field(
+    max_chosen_logp_drop: PositiveFloat | None = Field(
         None,
         description="stop once the held-out chosen log-probability has dropped by this many nats per token "
         "(0.5), checked every train.evaluate_every steps; null: never",

@@ -161,7 +161,7 @@ def load_online_rl(ctx: RunContext[OnlineSettings], loss: RLOOSettings | GRPOSet
             run is missing or damaged.
     """
     settings = ctx.settings
-    text = load_text_encoding(ctx, trl_config=ONLINE_CONFIGS[settings.TRL_CONFIG])
+    text = load_text_encoding(ctx)
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     frozen = load_frozen_base(ctx)
     traits = adapter_traits(settings.adapter.method)

@@ -1,7 +1,7 @@
 """Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and their rules."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,13 +10,20 @@ from align.rl.settings import PromptSettings, SamplingSettings
 from align.shared_rules import RL_EXACT_MATCH, RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import NonNegativeFloat, Section, StageSettings, TrainSettings
+from finetune.recipe.settings import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+    StageSettings,
+    TrainSettings,
+)
 
 
 class GroupSamplingSettings(SamplingSettings):
     """Sampling of a group of completions per prompt."""
 
-    num_generations: Annotated[int, Field(ge=2)] = Field(4, description="completions per prompt (group size)")
+    num_generations: AtLeastTwo = Field(4, description="completions per prompt (group size)")
     generation_batch_size: Literal["auto"] = Field(
         "auto", description="TRL samples all completions of a step in one batch"
     )
@@ -26,11 +33,11 @@ class OnlineTrainSettings(TrainSettings):
     """Training settings of TRL's trainer; every step trains on newly sampled completions."""
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
-    batch_size: Annotated[int, Field(ge=2)] = Field(
+    batch_size: AtLeastTwo = Field(
         32, description="completions per optimizer step: prompts times sampling.num_generations"
     )
     # arXiv 2402.03300, section 4.2: the policy's 1e-6, for all weights of 7B parameters.
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-6, description="peak learning rate")
+    learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
     # Prompts of similar length are often of one kind, and a step should have all kinds.
     group_by_length: bool = Field(False, description="batch prompts of similar length: less padding")
 

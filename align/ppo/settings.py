@@ -7,21 +7,23 @@ from pydantic import Field
 from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.settings import (
+    MAX_FLOAT,
+    FiniteFloat,
     Fraction,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
+    RowsInMemory,
     RowSource,
     Section,
     StageSettings,
 )
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-
 
 class PPOSettings(Section):
     """PPO hyperparameters. Defaults are those of Huang et al. 2024 (arXiv 2403.17031) unless noted."""
 
-    rollout_size: PositiveInt = Field(
+    rollout_size: RowsInMemory = Field(
         512, description="completions sampled per rollout, before the policy is updated on them"
     )
     ppo_epochs: PositiveInt = Field(
@@ -69,7 +71,7 @@ class PPOSettings(Section):
         10_000, description="horizon of the adaptive KL controller, in completions"
     )
     # Detail 23, the EOS trick: it replaces the reward of a completion without EOS, whatever that is.
-    missing_eos_reward: float | None = Field(
+    missing_eos_reward: FiniteFloat | None = Field(
         -1.0, description="reward of a completion without EOS; null: the reward is unchanged"
     )
     normalize_rewards: Literal["none", "running"] = Field(
@@ -110,7 +112,7 @@ class StopSettings(Section):
     max_kl: PositiveFloat | None = Field(
         None, description="maximum KL to the reference, nats per completion; null: never"
     )
-    max_length_ratio: Annotated[float, Field(gt=1)] | None = Field(
+    max_length_ratio: Annotated[float, Field(gt=1, le=MAX_FLOAT)] | None = Field(
         None,
         description="length hacking: completions are this many times as long as in the first rollout, and "
         "length correlates with the reward; null: never",

@@ -72,7 +72,7 @@ class PPOTrainer(BaseTrainer):
         """Return a loader of micro-batch indices; ``get_batch_samples`` builds the batches."""
         # The Trainer asks for a loader up front, and a rollout exists only once the policy has sampled it.
         num_micro_batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        return DataLoader(list(range(num_micro_batches)), batch_size=1, collate_fn=_first_item)  # type: ignore[arg-type]
+        return DataLoader(range(num_micro_batches), batch_size=1, collate_fn=_first_item)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

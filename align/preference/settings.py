@@ -1,20 +1,20 @@
 """The data section of the preference stages, and its rules."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field
 
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import DataSettings
+from finetune.recipe.settings import AtLeastTwo, DataSettings
 
 
 class PreferenceSettings(DataSettings):
     """Preference data: how pairs, ranked lists and labels are read, truncated and filtered."""
 
     # Null: half, as in the DPO authors' code (max_length 512, max_prompt_length 256) and TRL's.
-    max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
+    max_prompt_length: AtLeastTwo | None = Field(
         None,
         description="minimum number of prompt tokens to keep, from the end, if prompt and completion exceed "
         "max_length; null: half of max_length",

@@ -8,7 +8,7 @@ from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import PositiveInt, Section, StageSettings
+from finetune.recipe.settings import AtLeastTwo, FiniteFloat, PositiveInt, Section, StageSettings
 
 
 class RejectionSettings(Section):
@@ -22,7 +22,7 @@ class RejectionSettings(Section):
         None, description="prompts per round, in consecutive slices of one shuffle; null: all"
     )
     # RAFT (arXiv 2304.06767) samples 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
-    num_generations: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt (n)")
+    num_generations: AtLeastTwo = Field(8, description="completions per prompt (n)")
     # best_of_n: Llama 2, section 3.2.3, and RAFT; top_fraction: RAFT's first version (arXiv 2304.06767v1).
     keep: Literal["best_of_n", "top_fraction"] = Field(
         "best_of_n",
@@ -32,7 +32,7 @@ class RejectionSettings(Section):
         None, description="for keep: top_fraction: fraction of all completions; null: 1 / num_generations"
     )
     # ReST (arXiv 2308.08998), section 3.
-    min_reward: float | None = Field(
+    min_reward: FiniteFloat | None = Field(
         None, description="train only on completions with a reward above this; null: no minimum"
     )
     truncated: Literal["drop", "train"] = Field(

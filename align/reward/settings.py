@@ -9,7 +9,15 @@ from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, Preferen
 from finetune.recipe.compatibility import Condition, Rule, is_set
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.python_rows import PythonRows
-from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
+from finetune.recipe.settings import (
+    FiniteFloat,
+    MixedSource,
+    NonEmptyStr,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+    StageSettings,
+)
 from finetune.recipe.user_function import file_digest, load_user_function, signature_problems
 
 RULE_ARGUMENTS = ("prompt", "completion")
@@ -37,7 +45,7 @@ class RuleSettings(Section):
     function: NonEmptyStr = Field(
         description="path/to/file.py:function; (prompt, completion) -> number or bool"
     )
-    weight: float = Field(1.0, description="weight in the total reward")
+    weight: FiniteFloat = Field(1.0, description="weight in the total reward")
 
 
 class RewardSettings(Section):
@@ -47,11 +55,11 @@ class RewardSettings(Section):
         ["reward"], description="names of the score heads; each is trained on its own sources"
     )
     # arXiv 2312.09244, equation 2; TRL recommends 0.01. Off: rewards are normalized after training anyway.
-    center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
+    center_rewards_coefficient: NonNegativeFloat = Field(
         0.0, description="weight of the term that centers rewards at 0 (e.g. 0.01); 0: off"
     )
     # Llama 2 (arXiv 2307.09288), equation 2 and table 27: 0 to 1 (small) or 0 to 3 (large).
-    margin_scale: Annotated[float, Field(gt=0)] | None = Field(
+    margin_scale: PositiveFloat | None = Field(
         None, description="factor for the data's margins, which the loss subtracts; null: no margins"
     )
     rules: list[RuleSettings] = Field(

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.settings import DataSettings, PositiveInt, Section
+from finetune.recipe.settings import AtLeastTwo, DataSettings, PositiveInt, Section
 
 
 class PromptSettings(DataSettings):
     """Prompts: rows up to the last user turn; a row's own reply is not trained on."""
 
-    max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
+    max_prompt_length: AtLeastTwo | None = Field(
         None,
         description="maximum number of prompt tokens; null: context length (at most 2048) minus "
         "sampling.max_new_tokens",
@@ -32,7 +32,7 @@ class PromptSettings(DataSettings):
 class SamplingSettings(Section):
     """Sampling of completions, without top-p and top-k: the loss assumes the full distribution."""
 
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = Field(
         1.0, description="divides the logits, in sampling and in the loss"
     )
     max_new_tokens: PositiveInt = Field(64, description="maximum number of completion tokens")

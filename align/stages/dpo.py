@@ -53,11 +53,10 @@ def build(ctx: RunContext[Settings]) -> Method:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded.
     """
-    from align.engines.trl.configs import DPO_CONFIG
     from align.preference.rows.prepare import load_preferences
     from finetune.training.loading import load_policy, load_text_encoding
 
-    text = load_text_encoding(ctx, trl_config=DPO_CONFIG)
+    text = load_text_encoding(ctx)
     data = load_preferences(ctx, ctx.settings.data, text)
     return DPO(ctx, text, data, load_policy(ctx))
 

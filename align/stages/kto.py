@@ -8,7 +8,7 @@ prompts and completions. The reference model is the initial policy. TRL's KTOTra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, Preferen
 from align.shared_rules import PREFERENCE_NEFTUNE, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Section, StageSettings, TrainSettings
+from finetune.recipe.settings import AtLeastTwo, PositiveFloat, Section, StageSettings, TrainSettings
 from finetune.training.metric_specs import MetricSpec
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PUBLIC = "kto-mix"
 """The default recipe for a base model other than the bundled one."""
-PositiveWeight = Annotated[float, Field(gt=0)]
 
 
 class KTODataSettings(PreferenceSettings):
@@ -42,19 +41,19 @@ class KTODataSettings(PreferenceSettings):
 class KTOSettings(Section):
     """KTO's loss (arXiv 2402.01306, equation 8)."""
 
-    beta: PositiveWeight = Field(
+    beta: PositiveFloat = Field(
         0.1, description="risk aversion: a smaller beta lets the policy move farther from the reference"
     )
-    desirable_weight: PositiveWeight = Field(1.0, description="weight of desirable (good) completions")
-    undesirable_weight: PositiveWeight = Field(1.0, description="weight of undesirable (bad) completions")
+    desirable_weight: PositiveFloat = Field(1.0, description="weight of desirable (good) completions")
+    undesirable_weight: PositiveFloat = Field(1.0, description="weight of undesirable (bad) completions")
 
 
 class KTOTrainSettings(TrainSettings):
     """Training settings; TRL's trainer runs the stage."""
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="peak learning rate")
-    batch_size: Annotated[int, Field(ge=2)] = Field(32, description="completions per optimizer step")
+    learning_rate: PositiveFloat = Field(5e-6, description="peak learning rate")
+    batch_size: AtLeastTwo = Field(32, description="completions per optimizer step")
 
 
 class Settings(StageSettings):
@@ -126,12 +125,11 @@ def build(ctx: RunContext[Settings]) -> Method:
     Raises:
         UserError: the data are invalid, all completions have the same label, or the base cannot be loaded.
     """
-    from align.engines.trl.configs import KTO_CONFIG
     from align.preference.rows.prepare import load_preferences
     from align.preference.rows.row_checks import require_both_labels
     from finetune.training.loading import load_policy, load_text_encoding
 
-    text = load_text_encoding(ctx, trl_config=KTO_CONFIG)
+    text = load_text_encoding(ctx)
     data = load_preferences(ctx, ctx.settings.data, text, kind="labels")
     require_both_labels(data)
     return KTO(ctx, text, data, load_policy(ctx))

@@ -37,12 +37,11 @@ def build(ctx: RunContext[Settings]) -> Method:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded or has no sequence classification model.
     """
-    from align.engines.trl.configs import REWARD_CONFIG
     from align.preference.rows.prepare import load_preferences
     from align.reward.model import load_reward_model_for_training
     from finetune.training.loading import load_text_encoding
 
-    text = load_text_encoding(ctx, trl_config=REWARD_CONFIG)
+    text = load_text_encoding(ctx)
     use_margin = ctx.settings.reward.margin_scale is not None
     data = load_preferences(ctx, ctx.settings.data, text, use_margin=use_margin)
     return RewardModeling(ctx, text, data, load_reward_model_for_training(ctx, text.encoder))

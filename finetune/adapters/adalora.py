@@ -8,7 +8,7 @@ uncertainty. Equation 12: the budget decreases with a cubic schedule between war
 
 from collections.abc import Iterator
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Hooks, Traits
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Fraction, PositiveInt, StageSettings
+from finetune.recipe.settings import Dimension, Fraction, NonNegativeFloat, PositiveFloat, StageSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,10 +33,10 @@ class Settings(lora.Settings):
     """LoRA's settings; ``rank`` is the final average rank."""
 
     method: Literal["adalora"] = Field("adalora", description="LoRA with an adaptive rank per layer")  # type: ignore[assignment]
-    rank: PositiveInt = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
+    rank: Dimension = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
     # 1.5 times the rank: the paper, section 4.1, an initial budget of 1.5 times the final one.
-    init_rank: PositiveInt | None = Field(None, description="initial rank; null: 1.5 times `rank`")
-    alpha: lora.Alpha = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
+    init_rank: Dimension | None = Field(None, description="initial rank; null: 1.5 times `rank`")
+    alpha: PositiveFloat = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
     dropout: Fraction = Field(0.0, description="dropout probability at the input of Q")
     warmup: Fraction = Field(
         0.1, description="fraction of steps before the budget decreases"
@@ -44,7 +44,7 @@ class Settings(lora.Settings):
     cooldown: Fraction = Field(
         0.3, description="fraction of steps after the last allocation"
     )  # table 8: 20 to 60 %
-    penalty: Annotated[float, Field(ge=0)] = Field(
+    penalty: NonNegativeFloat = Field(
         0.1, description="weight of the orthogonality penalty (gamma of equation 5)"
     )  # the paper: 0.1
 

@@ -5,14 +5,14 @@ and an up projection in each block. Section 3.3, consistency: two forward passes
 equation 5, -log p_A(y | x) + 1/2 (KL(p_A || p_B) + KL(p_B || p_A)). Section 3.4, merging: W = 1/M sum_i W_i.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.bottleneck import NONLINEAR_NOT_MERGEABLE, target_module_names
 from finetune.adapters.traits import Hooks, Traits
-from finetune.recipe.settings import AdapterSettings, PositiveInt
+from finetune.recipe.settings import AdapterSettings, AtLeastTwo, Dimension
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,10 +32,10 @@ class Settings(AdapterSettings):
     method: Literal["adamix"] = Field(
         "adamix", description="a mixture of bottlenecks, averaged after training"
     )
-    bottleneck_size: PositiveInt = Field(
+    bottleneck_size: Dimension = Field(
         16, description="width of each bottleneck"
     )  # the paper, section 4.1: 16 or 48
-    experts: Annotated[int, Field(ge=2)] = Field(4, description="bottlenecks in the mixture")  # section 4.1
+    experts: AtLeastTwo = Field(4, description="bottlenecks in the mixture")  # section 4.1
     consistency: bool = Field(
         True, description="two forward passes per batch with a consistency loss (equation 5)"
     )

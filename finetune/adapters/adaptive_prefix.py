@@ -13,7 +13,7 @@ from pydantic import Field
 
 from finetune.adapters import prefix
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
-from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +31,7 @@ class Settings(VirtualTokenSettings):
     """Length of the prefix."""
 
     method: Literal["adaptive_prefix"] = Field("adaptive_prefix", description="a prefix with trained gates")
-    virtual_tokens: PositiveInt = Field(20, description="length of the prefix")  # as for `prefix`
+    virtual_tokens: Dimension = Field(20, description="length of the prefix")  # as for `prefix`
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

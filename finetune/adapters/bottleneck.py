@@ -7,14 +7,14 @@ figure 2: h <- h + f(h W_down) W_up. ``pfeiffer``: after the feed-forward layer 
 4.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from finetune.adapters._targets import FEED_FORWARD_OUTPUT, find_module_names
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import AdapterSettings, PositiveInt
+from finetune.recipe.settings import AdapterSettings, Dimension, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,10 +39,10 @@ class Settings(AdapterSettings):
     placement: Placement = Field(
         "parallel", description="after attention and FFN, after FFN, or parallel to FFN"
     )
-    bottleneck_size: PositiveInt = Field(
+    bottleneck_size: Dimension = Field(
         64, description="width of the bottleneck"
     )  # Houlsby et al.: 8, 64 or 256
-    scale: Annotated[float, Field(gt=0)] | None = Field(
+    scale: PositiveFloat | None = Field(
         None, description="scale of its output; null: 4 for parallel (He et al.), else 1"
     )
     activation: Literal["relu", "gelu", "silu"] = Field(

@@ -12,7 +12,7 @@ from pydantic import Field
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import SCORE_HEAD_NOT_SAVED, Traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import AdapterSettings, PositiveInt
+from finetune.recipe.settings import AdapterSettings, Dimension
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,8 +32,8 @@ class Settings(AdapterSettings):
     """Prompt length, and number of upper layers with a prompt."""
 
     method: Literal["llama_adapter"] = Field("llama_adapter", description="gated prompts in the upper layers")
-    virtual_tokens: PositiveInt = Field(10, description="prompt length per layer")  # the paper, section 4.1
-    layers: PositiveInt = Field(
+    virtual_tokens: Dimension = Field(10, description="prompt length per layer")  # the paper, section 4.1
+    layers: Dimension = Field(
         30, description="number of upper layers with a prompt; capped at all layers"
     )  # 30 of 32
 

@@ -4,14 +4,14 @@ Hu et al. 2021 (arXiv 2106.09685), equation 3. A is r x in (Kaiming), B is out x
 initialization the model equals the base.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
+from finetune.recipe.settings import AdapterSettings, Dimension, Fraction, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 
 TRAITS = Traits(training_only=("dropout",))
 
-Alpha = Annotated[float, Field(gt=0)]
-
 
 class Settings(AdapterSettings):
     """Rank, scale, dropout and target modules."""
 
     method: Literal["lora"] = Field("lora", description="low-rank product added to frozen weights")
     # Rank 16, alpha = 2 r: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
-    rank: PositiveInt = Field(16, description="r: rank of the low-rank product")
-    alpha: Alpha = Field(32.0, description="scale: the product is multiplied by alpha / rank")
+    rank: Dimension = Field(16, description="r: rank of the low-rank product")
+    alpha: PositiveFloat = Field(32.0, description="scale: the product is multiplied by alpha / rank")
     # Dropout 0.05: tloen/alpaca-lora, finetune.py; QLoRA (arXiv 2305.14314, appendix B.2) above 13B.
     dropout: Fraction = Field(0.05, description="dropout probability at the input of A")
     # Every linear layer: QLoRA, figure 2: with fewer of them LoRA does not match full fine-tuning.

@@ -25,7 +25,7 @@ class Settings(lora.Settings):
 
     method: Literal["lora_plus"] = Field("lora_plus", description="LoRA with a higher learning rate for B")  # type: ignore[assignment]
     # 16: the ratio that the paper recommends (about 2^4).
-    lr_ratio: Annotated[float, Field(ge=1)] = Field(
+    lr_ratio: Annotated[float, Field(ge=1, le=1000)] = Field(
         16.0, description="learning rate of B divided by that of A (PEFT: loraplus_lr_ratio)"
     )
 

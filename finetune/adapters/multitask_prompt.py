@@ -15,7 +15,7 @@ from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import NonEmptyStr, PositiveInt, StageSettings, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, NonEmptyStr, StageSettings, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,8 +32,8 @@ class Settings(VirtualTokenSettings):
     method: Literal["multitask_prompt"] = Field(
         "multitask_prompt", description="a shared prompt times a rank-one matrix"
     )
-    virtual_tokens: PositiveInt = Field(100, description="length of the prompt")  # the paper, section 4.1
-    rank: PositiveInt = Field(1, description="rank of the task matrix")  # equation 1
+    virtual_tokens: Dimension = Field(100, description="length of the prompt")  # the paper, section 4.1
+    rank: Dimension = Field(1, description="rank of the task matrix")  # equation 1
     source: NonEmptyStr | None = Field(
         None, description="run directory with the shared prompt; null: random tokens"
     )

@@ -12,7 +12,7 @@ from pydantic import Field
 from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
+from finetune.recipe.settings import AdapterSettings, Dimension, Fraction
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +25,7 @@ class Settings(AdapterSettings):
     """Block size, dropout and target modules."""
 
     method: Literal["oft"] = Field("oft", description="trained rotations of frozen weights")
-    block_size: PositiveInt = Field(
+    block_size: Dimension = Field(
         32, description="block size; adjusted to divide each layer's input size"
     )  # PEFT
     dropout: Fraction = Field(

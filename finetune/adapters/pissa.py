@@ -12,7 +12,7 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import Fraction
+from finetune.recipe.settings import Fraction, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +27,7 @@ class Settings(lora.Settings):
     """LoRA's settings; alpha = r, so that base and product sum to W (the paper, section 5)."""
 
     method: Literal["pissa"] = Field("pissa", description="LoRA initialized to the largest singular values")  # type: ignore[assignment]
-    alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
+    alpha: PositiveFloat = Field(16.0, description="scale: the product is multiplied by alpha / rank")
     dropout: Fraction = Field(0.0, description="dropout probability at the input of A")  # the paper: 0
 
 

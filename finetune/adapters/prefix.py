@@ -12,7 +12,7 @@ from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
-from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +31,7 @@ class Settings(VirtualTokenSettings):
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
     # 20: between the lengths that the paper found best, 10 (table to text) and 200 (summaries); section 7.2.
-    virtual_tokens: PositiveInt = Field(20, description="length of the prefix")
+    virtual_tokens: Dimension = Field(20, description="length of the prefix")
     projection: bool = Field(
         False, description="produce the prefix with an MLP (the paper's reparameterization)"
     )

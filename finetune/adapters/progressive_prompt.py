@@ -17,7 +17,7 @@ from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.compatibility import Rule, caught
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import NonEmptyStr, PositiveInt, StageSettings, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, NonEmptyStr, StageSettings, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,9 +35,7 @@ class Settings(VirtualTokenSettings):
     method: Literal["progressive_prompt"] = Field(
         "progressive_prompt", description="a new prompt before those of earlier tasks"
     )
-    virtual_tokens: PositiveInt = Field(
-        10, description="length of the new prompt"
-    )  # the paper, section 4: 10
+    virtual_tokens: Dimension = Field(10, description="length of the new prompt")  # the paper, section 4: 10
     previous: NonEmptyStr | None = Field(
         None, description="run directory of the previous task; null: first task"
     )

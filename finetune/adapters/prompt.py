@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
-from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, NonEmptyStr, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,7 @@ class Settings(VirtualTokenSettings):
 
     method: Literal["prompt"] = Field("prompt", description="trained embeddings before every sequence")
     # 20: longer prompts gain little (the paper's section 3.2, "Prompt Length").
-    virtual_tokens: PositiveInt = Field(20, description="length of the soft prompt")
+    virtual_tokens: Dimension = Field(20, description="length of the soft prompt")
     init_text: NonEmptyStr | None = Field(
         None, description="initialize from the embeddings of this text; null: from those of random tokens"
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
-from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,11 +27,11 @@ class Settings(VirtualTokenSettings):
     method: Literal["ptuning"] = Field(
         "ptuning", description="embeddings before every sequence, produced by a network"
     )
-    virtual_tokens: PositiveInt = Field(20, description="length of the prompt")  # as for `prompt`
+    virtual_tokens: Dimension = Field(20, description="length of the prompt")  # as for `prompt`
     encoder: Literal["mlp", "lstm"] = Field(
         "mlp", description="network: MLP, or LSTM with an MLP (the paper)"
     )
-    encoder_hidden_size: PositiveInt = Field(
+    encoder_hidden_size: Dimension = Field(
         128, description="width of the network"
     )  # PEFT's guide to P-tuning
 

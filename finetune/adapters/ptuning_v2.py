@@ -13,7 +13,7 @@ from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
-from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import Dimension, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,7 +34,7 @@ class Settings(VirtualTokenSettings):
         "ptuning_v2", description="deep prompts: a randomly initialized prefix"
     )
     # 20: the paper, figure 3: simple tasks need less than 20, hard ones about 100.
-    virtual_tokens: PositiveInt = Field(20, description="length of the deep prompt")
+    virtual_tokens: Dimension = Field(20, description="length of the deep prompt")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import Fraction, PositiveInt
+from finetune.recipe.settings import Dimension, Fraction, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,8 +23,8 @@ class Settings(lora.Settings):
     """LoRA's settings, with the QLoRA paper's values (appendix B.2; dropout 0.1 up to 13B, 0.05 above)."""
 
     method: Literal["qlora"] = Field("qlora", description="LoRA on a 4-bit base")  # type: ignore[assignment]
-    rank: PositiveInt = Field(64, description="r: rank of the low-rank product")
-    alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
+    rank: Dimension = Field(64, description="r: rank of the low-rank product")
+    alpha: PositiveFloat = Field(16.0, description="scale: the product is multiplied by alpha / rank")
     dropout: Fraction = Field(0.1, description="dropout probability at the input of A")
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import PositiveInt
+from finetune.recipe.settings import Dimension, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,9 +23,9 @@ class Settings(lora.Settings):
 
     method: Literal["rslora"] = Field("rslora", description="LoRA scaled by alpha / sqrt(rank)")  # type: ignore[assignment]
     # 64: a rank where the scale matters; the paper tries 4 to 2048.
-    rank: PositiveInt = Field(64, description="r: rank of the low-rank product")
+    rank: Dimension = Field(64, description="r: rank of the low-rank product")
     # 16: the paper's section 4.
-    alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / sqrt(rank)")
+    alpha: PositiveFloat = Field(16.0, description="scale: the product is multiplied by alpha / sqrt(rank)")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

@@ -4,14 +4,14 @@ Kopiczko et al. 2023 (arXiv 2310.11454), equation 2: h = W x + Lambda_b B Lambda
 initialized to 0. The random matrices are saved with the vectors.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, resolve_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Traits
-from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
+from finetune.recipe.settings import AdapterSettings, Dimension, Fraction, PositiveFloat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,10 +24,8 @@ class Settings(AdapterSettings):
     """Rank of the shared matrices, initial value of d, dropout and target modules."""
 
     method: Literal["vera"] = Field("vera", description="vectors that scale shared random matrices")
-    rank: PositiveInt = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
-    d_initial: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="initial value of d"
-    )  # the paper, table 6
+    rank: Dimension = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
+    d_initial: PositiveFloat = Field(0.1, description="initial value of d")  # the paper, table 6
     dropout: Fraction = Field(0.0, description="dropout probability at the inputs")  # the paper, table 9
     target: Target = Field(ALL_LINEAR, description="names of the target layers")  # the paper: all linear
 

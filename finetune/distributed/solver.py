@@ -36,6 +36,7 @@ RECIPE_KEYS = {
     "engine": "train.engine",
     "optimizer": "train.optimizer",
     "two_passes": "adapter.consistency",
+    "tf32": "train.engine_args.tf32",
 }
 """Recipe keys of a combination's properties; stage and hardware are not set by the recipe."""
 
@@ -55,6 +56,7 @@ class Combination:
         engine: native or trl.
         optimizer: its name.
         two_passes: whether the adapter needs two forward passes per batch (AdaMix).
+        tf32: whether float32 products are computed in TF32.
         device: ``cpu`` or ``cuda``.
         bfloat16: whether the device supports bfloat16 natively.
     """
@@ -69,6 +71,7 @@ class Combination:
     engine: str = "native"
     optimizer: str = "adamw"
     two_passes: bool = False
+    tf32: bool = False
     device: str = "cpu"
     bfloat16: bool = True
 
@@ -274,6 +277,7 @@ def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
         engine=settings.train.engine,
         optimizer=settings.train.optimizer,
         two_passes=needs_two_passes(settings.adapter),
+        tf32=settings.train.engine_args.get("tf32") is True,
         device=target.device,
         bfloat16=target.bfloat16,
     )
@@ -333,7 +337,7 @@ def _plain(value: Any) -> str:
 
 def _is_unset(recipe: Recipe, key: str) -> bool:
     """Return whether nobody set a value, so that the solver may change it."""
-    section, name = key.split(".")
+    section, name = key.split(".", 1)
     value = recipe.settings.model_dump()[section].get(name)
     # The solver's own changes may change again, so that resolving a resolved recipe is a no-op.
     return value == "auto" or recipe.origins.get(key, DEFAULT_ORIGIN) in (DEFAULT_ORIGIN, SOLVER_ORIGIN)

@@ -14,6 +14,8 @@ Schema = dict[str, Any]
 
 BOOLEAN_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 NULL_WORDS = ("none", "None", "nil", "-")
+LARGEST_NAMED_BOUND = 100_000
+"""Larger bounds are limits of number formats: only the message about a value beyond one names it."""
 
 
 def validation_problems(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
@@ -80,6 +82,8 @@ def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Pro
             return renamed
         return Problem(where, "unknown key", one_of(keys), did_you_mean(key, keys))
     expected = describe_expected(schema, root)
+    if limit := _limit_exceeded(detail):
+        expected = f"{expected}, {limit}"
     about = schema.get("description", "")
     expected = f"{expected} ({about})" if about else expected
     if detail["type"] == "missing":
@@ -87,6 +91,15 @@ def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Pro
     value = detail["input"]
     repair = renamed_value(where, value) or _suggest_repair(key, value, options=_schema_options(schema, root))
     return Problem(where, f"found {_describe_value(value)}", expected, repair)
+
+
+def _limit_exceeded(detail: Any) -> str:
+    """Return the limit of a number format that a value exceeds; empty if it exceeds none."""
+    for name, words in (("le", "at most"), ("ge", "at least")):
+        bound = detail.get("ctx", {}).get(name, 0)
+        if abs(bound) > LARGEST_NAMED_BOUND:
+            return f"{words} {bound:,}" if isinstance(bound, int) else f"{words} {bound:g}"
+    return ""
 
 
 def _sibling_keys(location: tuple[int | str, ...], root: Schema) -> list[str]:
@@ -154,15 +167,26 @@ def _describe_option(option: Schema, root: Schema) -> str:
 
 
 def _describe_number(noun: str, option: Schema) -> str:
-    if {"exclusiveMinimum", "exclusiveMaximum"} <= option.keys():
-        return f"{noun} above {option['exclusiveMinimum']:g} and below {option['exclusiveMaximum']:g}"
-    if {"minimum", "maximum"} <= option.keys():
-        return f"{noun} from {option['minimum']:g} to {option['maximum']:g}"
-    if "exclusiveMaximum" in option:
-        return f"{noun} from {option['minimum']:g} up to, but not including, {option['exclusiveMaximum']:g}"
-    if "exclusiveMinimum" in option:
-        return f"{noun} above {option['exclusiveMinimum']:g}"
-    return f"{noun}, {option['minimum']:g} or more" if "minimum" in option else noun
+    names = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+    low, above, high, below = (_named_bound(option, name) for name in names)
+    if high is not None:
+        return (
+            f"{noun} above {above} and at most {high}"
+            if above is not None
+            else f"{noun} from {low} to {high}"
+        )
+    if below is not None:
+        if above is not None:
+            return f"{noun} above {above} and below {below}"
+        return f"{noun} from {low} up to, but not including, {below}"
+    if above is not None:
+        return f"{noun} above {above}"
+    return f"{noun}, {low} or more" if low is not None else noun
+
+
+def _named_bound(option: Schema, name: str) -> str | None:
+    bound = option.get(name)
+    return None if bound is None or abs(bound) > LARGEST_NAMED_BOUND else f"{bound:g}"
 
 
 def _describe_list(option: Schema, root: Schema) -> str:

@@ -18,6 +18,7 @@ from finetune.recipe.discovery import (
     looks_local,
     plugin_names,
 )
+from finetune.recipe.engine_rules import ENGINE_RULES
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.mixture_rules import MIXTURE_RULES
 from finetune.recipe.python_rows import PythonRows
@@ -330,6 +331,7 @@ RULES: tuple[Rule, ...] = (
             "train.engine=native: TRL's trainer does not support this adapter",
         ),
     ),
+    *ENGINE_RULES,
     Rule(
         "gradient-checkpointing",
         {"train.gradient_checkpointing": (True,), "traits.gradient_checkpointing": (False,)},

@@ -9,9 +9,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from finetune.recipe.python_rows import PythonRows, from_python, pick_split
 from finetune.recipe.python_tables import has_splits
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+MAX_INT = 2**31 - 1
+"""Largest count in a recipe: torch and Arrow have 32-bit counters."""
+MAX_FLOAT = 1e30
+"""Largest number in a recipe: a product of a few settings still is a float32 (3.4e38)."""
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=MAX_INT)]
+Dimension = Annotated[int, Field(gt=0, le=65_536)]
+"""A dimension of trained weights: larger ones are larger than any model's hidden size."""
+RowsInMemory = Annotated[int, Field(gt=0, le=10**8)]
+"""A number of rows that are listed in memory, whatever the size of the data."""
+FiniteFloat = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MAX_FLOAT)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MAX_FLOAT)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 RowSource = Annotated[NonEmptyStr | PythonRows, BeforeValidator(from_python)]
@@ -48,7 +59,9 @@ class RopeSettings(Section):
     method: Literal["linear", "dynamic", "yarn"] = Field(
         description="linear: position interpolation; dynamic: NTK-aware, by row length; yarn: YaRN"
     )
-    factor: Annotated[float, Field(ge=1)] = Field(description="new context length / that of the base")
+    factor: Annotated[float, Field(ge=1, le=1024)] = Field(
+        description="new context length / that of the base"
+    )
 
 
 class ModelSettings(Section):
@@ -88,7 +101,7 @@ class SelectSettings(Section):
         None, description="maximum number of characters in a row's replies"
     )
     score: NonEmptyStr | None = Field(None, description="column with a rating of each row")
-    min_score: float | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
+    min_score: FiniteFloat | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
     near_dedup: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
         description="near-deduplication (MinHash): drop rows whose word 5-grams have at least this Jaccard "
@@ -118,7 +131,7 @@ class MixedSource(Section):
     columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     rows: PositiveInt | None = Field(None, description="maximum number of rows, sampled with the seed")
     select: SelectSettings | None = Field(None, description="filters for these rows")
-    weight: Annotated[float, Field(gt=0)] | None = Field(
+    weight: PositiveFloat | None = Field(
         None, description="sampling weight relative to the other sources; null: by number of rows"
     )
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -145,10 +158,10 @@ class DataSettings(Section):
     mix_size_cap: PositiveInt | None = Field(
         None, description="maximum size of a source (K), if rates are computed from sizes"
     )
-    mix_temperature: Annotated[float, Field(ge=1)] = Field(
+    mix_temperature: Annotated[float, Field(ge=1, le=MAX_FLOAT)] = Field(
         1.0, description="rates are proportional to size^(1/temperature); above 1 upsamples small sources"
     )
-    epoch_rows: PositiveInt | None = Field(
+    epoch_rows: RowsInMemory | None = Field(
         None, description="rows per epoch of the mixture; null: until the first source is exhausted"
     )
     split: NonEmptyStr = Field(
@@ -175,7 +188,7 @@ class DataSettings(Section):
     held_out: Annotated[
         NonNegativeInt | Fraction | NonEmptyStr | PythonRows, BeforeValidator(from_python)
     ] = Field(0, description="rows held out of training: a number, a fraction (below 1), or a file")
-    max_length: Annotated[int, Field(ge=8)] | None = Field(
+    max_length: Annotated[int, Field(ge=8, le=MAX_INT)] | None = Field(
         None, description="maximum tokens per row; null: the model's context, at most 2048"
     )
     loss_on: Literal["assistant", "all", "last_assistant"] = Field(
@@ -227,11 +240,11 @@ class TrainSettings(Section):
     engine: Literal["native", "trl"] = Field(
         "native", description="llm-align's trainer, or TRL's for the same stage"
     )
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="number of epochs")
+    epochs: Annotated[float, Field(gt=0, le=10**6)] = Field(1.0, description="number of epochs")
     max_steps: PositiveInt | None = Field(None, description="number of optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step, over all processes")
     micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
     lr_schedule: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="learning rate schedule after warmup"
     )
@@ -244,21 +257,21 @@ class TrainSettings(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.999], description="AdamW betas"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     label_smoothing: Fraction = Field(0.0, description="label smoothing (0.1), in training only")
-    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+    neftune_alpha: PositiveFloat | None = Field(
         None, description="NEFTune noise on embeddings (5 to 15), in training only; null: none"
     )
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+    max_grad_norm: NonNegativeFloat = Field(
         1.0, description="maximum gradient norm (clipping); 0: no clipping"
     )
-    seed: NonNegativeInt = Field(0, description="seed of data order, adapter initialization and dropout")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        0, description="seed of data order, adapter initialization and dropout"
+    )
     checkpoint_every: PositiveInt | None = Field(
         None, description="steps between checkpoints; null: ten checkpoints per run"
     )
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
-        2, description="number of most recent checkpoints to keep"
-    )
+    keep_checkpoints: AtLeastTwo = Field(2, description="number of most recent checkpoints to keep")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batch rows of similar length: less padding")
     num_processes: PositiveInt | Literal["auto"] = Field(

@@ -1,7 +1,7 @@
 """Map recipe settings to the training arguments of the engines: TrainingArguments, or a config of TRL."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from finetune.distributed import collectives
 from finetune.distributed.hardware import free_gpu_bytes
 from finetune.distributed.strategies import strategy_arguments
 from finetune.library_internals import replace_deepspeed_plugin
-from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import TrainSettings
 from finetune.training import auto_values
@@ -27,16 +27,6 @@ TRAINER_OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "adafactor": "adafactor",
 }
-
-
-OTHER_NAMES = {
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "deepspeed": "train.strategy",
-    "fsdp": "train.strategy",
-    "fsdp_config": "train.strategy",
-}
-"""Arguments that a recipe sets by another key, whether or not `common_arguments` passes them: Trainer ignores
-the first, and the others would shard a run that is recorded as unsharded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +65,6 @@ SFT_CONFIG = TrlConfigSpec(SFTConfig, {"max_length": None, "packing": False})
 def engine_class(engine: str, trl_config: TrlConfigSpec = SFT_CONFIG) -> type[TrainingArguments]:
     """Return the class of the engine's training arguments."""
     return trl_config.config if engine == "trl" else TrainingArguments
-
-
-def check_engine_args(settings: TrainSettings, trl_config: TrlConfigSpec = SFT_CONFIG) -> None:
-    """Raise UserError if ``train.engine_args`` has an unknown argument, or one that the recipe sets."""
-    config = engine_class(settings.engine, trl_config)
-    known = [config_field.name for config_field in fields(config)]
-    # Only the names count here, so the run's own values are replaced by placeholders.
-    reserved = _engine_specific_arguments(settings, trl_config) | common_arguments(
-        settings,
-        folder=Path(),
-        execution=ExecutionConfig("cpu", "float32"),
-        micro_batch_size=1,
-        checkpoint_every=1,
-    )
-    problems = []
-    for name in settings.engine_args:
-        where = f"train.engine_args.{name}"
-        if name not in known:
-            expected = f"an argument of {config.__name__}"
-            problems.append(Problem(where, "unknown to the engine", expected, did_you_mean(name, known)))
-        elif name in reserved or name in OTHER_NAMES:
-            repair = f"use {OTHER_NAMES[name]}" if name in OTHER_NAMES else ""
-            problems.append(Problem(where, "set by the recipe", "an argument without a recipe key", repair))
-    if problems:
-        raise UserError(problems)
 
 
 def _engine_specific_arguments(settings: TrainSettings, trl_config: TrlConfigSpec) -> dict[str, Any]:
@@ -175,10 +140,8 @@ def training_arguments(
     """Return the engine's training arguments; ``trl_config`` is the stage's.
 
     Raises:
-        UserError: ``train.engine_args`` has an unknown argument, the engine refuses a value, or TRL's steps
-            would not hold ``train.batch_size`` rows.
+        UserError: the engine refuses a value, or TRL's steps would not hold ``train.batch_size`` rows.
     """
-    check_engine_args(settings, trl_config)
     if settings.engine == "trl":
         check_batch_divides(settings.batch_size, micro_batch_size, execution.num_processes)
     arguments = _engine_specific_arguments(settings, trl_config) | common_arguments(

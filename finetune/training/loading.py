@@ -17,7 +17,6 @@ from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
 from finetune.training.architectures import mask_unsupported
-from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
 from finetune.training.model import (
     Policy,
@@ -69,16 +68,14 @@ def enable_sharded_inference(ctx: RunContext, model: nn.Module, base: PreTrained
         )
 
 
-def load_text_encoding(ctx: RunContext, *, trl_config: TrlConfigSpec = SFT_CONFIG) -> TextEncoding:
-    """Load tokenizer and template; ``trl_config`` is the stage's.
+def load_text_encoding(ctx: RunContext) -> TextEncoding:
+    """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, settings that are incompatible here, steps of TRL that would not
-            hold ``train.batch_size`` rows, no such base, no EOS, no chat template, or ``max_length`` exceeds
-            the model's positions.
+        UserError: settings that are incompatible here, steps of TRL that would not hold ``train.batch_size``
+            rows, no such base, no EOS, no chat template, or ``max_length`` exceeds the model's positions.
     """
     settings = ctx.settings
-    check_engine_args(settings.train, trl_config)
     target = LaunchTarget(ctx.hardware.device, ctx.hardware.bfloat16, ctx.dist.world_size)
     refuse_incompatible(ctx.recipe, target)  # before anything is loaded
     if settings.train.engine == "trl":

@@ -84,8 +84,20 @@ COMMAND_LINES = {
         ["train.engine_args.packing", "set by the recipe"],
     ),
     "engine_args of a wrong value": (
-        words("train.engine_args={hub_strategy: carrier_pigeon}"),
-        ["train.engine_args", "carrier_pigeon"],
+        words("train.engine_args={adam_epsilon: tiny}"),
+        ["train.engine_args.adam_epsilon", "the string 'tiny'", "a number above 0 and below 1"],
+    ),
+    "engine_args that break a guarantee": (
+        words("train.engine_args={save_only_model: true, dataloader_drop_last: true}"),
+        ["save_only_model", "cannot be resumed", "dataloader_drop_last", "trains on all rows"],
+    ),
+    "engine_args for a GPU": (
+        words("train.engine_args={tf32: true}"),
+        ["train.engine_args.tf32", "with the CPU", "remove tf32"],
+    ),
+    "a seed of 33 bits": (
+        words("train.seed=5000000000"),
+        ["train.seed", "found 5000000000", "an integer, 0 or more, at most 4,294,967,295"],
     ),
     "float16 on a CPU, told before the data is read": (
         lambda place: [*place.data("bad.jsonl", b"no JSON"), "model.precision=float16"],

@@ -29,6 +29,7 @@ VIOLATIONS: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
     "packing-virtual-tokens": ("sft", {"data": {"packing": True}, "adapter": {"method": "prefix"}}),
     "packing-trl": ("sft", {"data": {"packing": True}, "train": {"engine": "trl"}}),
     "engine": ("sft", {"train": {"engine": "trl"}, "adapter": {"method": "lora_plus"}}),
+    "engine-args": ("sft", {"train": {"engine_args": {"save_only_model": True}}}),
     "gradient-checkpointing": (
         "sft",
         {"train": {"gradient_checkpointing": True}, "adapter": {"method": "prefix"}},

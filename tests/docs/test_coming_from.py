@@ -12,13 +12,12 @@ import transformers
 import trl
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from align.engines.trl.configs import DPO_CONFIG, KTO_CONFIG, ONLINE_CONFIGS, REWARD_CONFIG
 from align.preference.losses.catalog import all_losses, find_loss
 from finetune.recipe.discovery import ADAPTERS, adapter_settings, load_stage, plugin_names, stage_names
+from finetune.recipe.engine_arguments import TRAINING_ARGUMENTS, TRL_ARGUMENTS, Passed
 from finetune.recipe.errors import UserError
-from finetune.recipe.settings import MixedSource, RopeSettings, SelectSettings, TrainSettings
+from finetune.recipe.settings import MixedSource, RopeSettings, SelectSettings
 from finetune.recipe.yaml_file import parse_scalar
-from finetune.training.arguments import SFT_CONFIG, check_engine_args
 
 FOLDER = Path(__file__).parents[2] / "docs" / "coming-from"
 PAGES = sorted(FOLDER.glob("*.md"))
@@ -30,14 +29,6 @@ NESTED = {
     ("data", "select"): SelectSettings,
     ("model", "rope"): RopeSettings,
 }
-ENGINES = (
-    ("native", SFT_CONFIG),
-    ("trl", SFT_CONFIG),
-    ("trl", DPO_CONFIG),
-    ("trl", REWARD_CONFIG),
-    ("trl", KTO_CONFIG),
-    *(("trl", config) for config in ONLINE_CONFIGS.values()),
-)
 
 
 @dataclass(frozen=True)
@@ -83,13 +74,8 @@ def accepts(schemas: list[type[BaseModel]], key: str, value: object) -> bool:
 
 
 def engine_accepts(argument: str) -> bool:
-    for engine, config in ENGINES:
-        try:
-            check_engine_args(TrainSettings(engine=engine, engine_args={argument: 1}), config)
-        except UserError:
-            continue
-        return True
-    return False
+    tables = [TRAINING_ARGUMENTS, *TRL_ARGUMENTS.values()]
+    return any(isinstance(table.get(argument), Passed) for table in tables)
 
 
 def problem_of(code: str) -> str:
@@ -151,6 +137,7 @@ def test_our_keys_exist(page: Path) -> None:
         "dpo.loss.gama",
         "train.engine_args.report_to",
         "train.engine_args.warmup_ratio",
+        "train.engine_args.dataloader_num_workers",
     ],
 )
 def test_a_wrong_key_is_found(code: str) -> None:

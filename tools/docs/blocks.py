@@ -4,7 +4,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.docs import catalog, command_line, compatibility, families, keys, layouts, memory, preflight
+from tools.docs import (
+    catalog,
+    command_line,
+    compatibility,
+    engine_args,
+    families,
+    keys,
+    layouts,
+    memory,
+    preflight,
+)
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- generated: (?P<call>[\w. -]+) -->\n(?P<content>.*?)^<!-- end -->$", re.M | re.S)
@@ -19,6 +29,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "checks": preflight.checks,
     "cli-all": command_line.all_commands,
     "compatibility-all": compatibility.all_tables,
+    "engine-args": engine_args.passed_on,
+    "engine-args-refused": engine_args.not_passed_on,
     "exit-status": command_line.exit_status,
     "families": families.families,
     "gpus": catalog.gpus,

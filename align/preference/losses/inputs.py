@@ -31,12 +31,16 @@ class Needs:
     nll: bool = False
 
 
+LARGEST_SETTING = 1e30
+"""Settings are below it, so that their products with log-probabilities are float32 numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """The interval of a setting's values: above (or from) ``low``, and below ``high``."""
 
     low: float
-    high: float = float("inf")
+    high: float = LARGEST_SETTING
     with_low: bool = False
 
     def __contains__(self, number: float) -> bool:
@@ -45,7 +49,7 @@ class Interval:
 
     def __str__(self) -> str:
         low = f"{self.low:g} or more" if self.with_low else f"above {self.low:g}"
-        return low if self.high == float("inf") else f"{low} and below {self.high:g}"
+        return low if self.high == LARGEST_SETTING else f"{low} and below {self.high:g}"
 
 
 PositiveSetting = Annotated[float, Interval(0)]

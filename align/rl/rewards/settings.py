@@ -17,7 +17,15 @@ from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
-from finetune.recipe.settings import DataSettings, ModelSettings, NonEmptyStr, NonNegativeInt, Section
+from finetune.recipe.settings import (
+    DataSettings,
+    FiniteFloat,
+    ModelSettings,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+)
 from finetune.recipe.user_function import file_digest, has_parameter, load_user_function, signature_problems
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
@@ -45,7 +53,7 @@ class RewardSource(Section):
         "parameter `expected` receives the row's reference answer",
     )
     name: NonEmptyStr | None = Field(None, description="name in metrics; null: name of the score or function")
-    weight: float = Field(1.0, description="weight in the sum; 0: logged only")
+    weight: FiniteFloat = Field(1.0, description="weight in the sum; 0: logged only")
 
     @property
     def metric_name(self) -> str:
@@ -92,7 +100,7 @@ class RewardsSettings(Section):
     safety_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.15, description="for llama2: a completion is unsafe if sigmoid(safety score) is below this"
     )
-    length_penalty: Annotated[float, Field(ge=0)] = Field(
+    length_penalty: NonNegativeFloat = Field(
         0.0, description="penalty per completion token beyond length_free"
     )
     length_free: NonNegativeInt = Field(0, description="completion tokens without length penalty")

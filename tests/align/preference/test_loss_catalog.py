@@ -164,6 +164,7 @@ def test_settings_are_checked_all_at_once() -> None:
         ("dpo", {"beta": "much"}, "a number above 0"),
         ("dpo", {"beta": True}, "a number above 0"),
         ("dpo", {"beta": float("nan")}, "a number above 0"),
+        ("dpo", {"beta": 10**400}, "a number above 0"),
         ("exo", {"label_smoothing": 0}, "a number above 0 and below 0.5"),
         ("simpo", {"margin": -0.1}, "a number 0 or more"),
     ],

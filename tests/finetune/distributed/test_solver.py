@@ -42,6 +42,7 @@ RULE_CASES: dict[str, dict[str, Any]] = {
     "trl-only": {"stage": "grpo", "engine": "native"},
     "native-only": {"stage": "ppo", "engine": "trl"},
     "float16-cpu": {"precision": "float16"},
+    "tf32-cpu": {"tf32": True},
     "bfloat16-emulated": {"precision": "bfloat16", "device": "cuda", "bfloat16": False},
     "single-process-strategy": {"strategy": "single", **SEVERAL},
     "one-process": {"strategy": "zero2"},
@@ -249,7 +250,7 @@ def test_settings_in_the_recipe_file_are_never_changed(tmp_path: Path) -> None:
 def test_keys_exist_in_recipes(tmp_path: Path) -> None:
     values = recipe(tmp_path, "adapter: {method: adamix}\n").values()
     for key in RECIPE_KEYS.values():
-        section, name = key.split(".")
+        section, name, *_ = key.split(".")
         assert name in values[section], key
     assert {key for rule in solver_rules() for key in rule.changes} <= set(RECIPE_KEYS.values())
     properties = replace(Combination(), strategy="ddp").properties()

@@ -191,7 +191,7 @@ def test_the_digest_is_stable_and_sensitive(workspace, full):
 
 def test_the_written_recipe_round_trips(workspace, full):
     recipe = full(
-        "train.betas=[0.9, 0.95]", "train.learning_rate=2e-5", "train.engine_args={report_to: none}"
+        "train.betas=[0.9, 0.95]", "train.learning_rate=2e-5", "train.engine_args={adam_epsilon: 1e-7}"
     )
     workspace.write(recipe.to_yaml(), "again.yaml")
     again = read_recipe("sft", "again.yaml")
