@@ -54,7 +54,12 @@ def rejection_metric_spec(settings: Settings) -> MetricSpec:
         "eval/val/eos_rate": ("held-out EOS rate", ".1%"),
         **{key: (title, ".3f") for key, title in grader_curves.items()},
     }
-    return MetricSpec(curves=curves | grader_curves, summary=summary, diagnostics=rounds_diagnostics)
+    return MetricSpec(
+        curves=curves | grader_curves,
+        summary=summary,
+        diagnostics=rounds_diagnostics,
+        main="objective/reward",
+    )
 
 
 def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:

@@ -46,6 +46,7 @@ def run(ctx: RunContext[Settings]) -> None:
     from align.rl.prompts import load_prompts
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.loading import load_text_encoding
+    from finetune.training.stage import report_findings
 
     settings = ctx.settings
     text = load_text_encoding(ctx)
@@ -62,6 +63,7 @@ def run(ctx: RunContext[Settings]) -> None:
             method.evaluate(round_index)
         save_last_round(ctx)
         evals.run(ctx.run, method.generate_with(last_round + 1), "after")
+        report_findings(ctx, method.metric_spec)
 
 
 @dataclass(frozen=True)

@@ -230,11 +230,24 @@ def train(ctx: "RunContext", method: Method) -> None:
         if evals:
             evals.run(ctx.run, generate, "after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
-        if isinstance(method, Diagnoses):
-            findings = method.diagnose()
-            for finding in findings:
-                ctx.log(finding.format_line())
-            ctx.run.update(diagnostics=[finding.record() for finding in findings])
+        report_findings(ctx, spec, method.diagnose() if isinstance(method, Diagnoses) else [])
+
+
+def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Finding]" = ()) -> None:
+    """Print and record the findings on a finished run: those of every stage, and the stage's own."""
+    from finetune.training.curve_findings import curve_findings
+
+    settings = ctx.settings
+    shared = curve_findings(
+        ctx.run.metrics(),
+        ctx.run.record.get("metrics", {}),
+        spec,
+        sample_tokens=settings.evaluate.max_new_tokens,
+        documents=settings.data.text_format is not None,
+    )
+    for finding in (*shared, *findings):
+        ctx.log(finding.format_line())
+    ctx.run.update(diagnostics=[finding.record() for finding in (*shared, *findings)])
 
 
 def count_steps(ctx: "RunContext", method: Method) -> int:
