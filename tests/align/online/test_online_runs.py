@@ -68,9 +68,38 @@ def test_saved_adapter_loads_with_peft_and_as_a_run(tune, stage, decided_base):
     assert load_finished_run(result.directory).encoder.name == "plain"
 
 
-@both
-def test_resumed_run_equals_uninterrupted_run(tune, stage, monkeypatch):
+ENGINE_ARGS = [
+    ("rloo", {"mask_truncated_completions": True}),
+    ("rloo", {"pad_to_multiple_of": 64}),
+    ("grpo", {"mask_truncated_completions": True}),
+    ("grpo", {"top_entropy_quantile": 0.2}),
+    ("grpo", {"entropy_coef": 0.5}),
+]
+"""Arguments of TRL's trainers that `train.engine_args` passes on."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "arguments"), ENGINE_ARGS)
+def test_an_engine_argument_changes_the_update(tune, stage, arguments):
+    settings = {"train__max_steps": 2, "evaluate__samples": 0, "data__held_out": 0}
+    with_argument = tune(stage, "with", train__engine_args=arguments, **settings)
+    assert with_argument.record["files"] != tune(stage, "without", **settings).record["files"]
+
+
+RESUMED = [
+    pytest.param("rloo", {}, id="rloo"),
+    pytest.param("grpo", {}, id="grpo"),
+    *(
+        pytest.param(*case, id=f"{case[0]}-{'-'.join(case[1])}", marks=pytest.mark.slow)
+        for case in ENGINE_ARGS
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "arguments"), RESUMED)
+def test_resumed_run_equals_uninterrupted_run(tune, stage, arguments, monkeypatch):
     settings = {"train__max_steps": 9, "train__checkpoint_every": 4, "train__evaluate_every": 3}
+    settings["train__engine_args"] = arguments
     uninterrupted = tune(stage, "whole", **settings)
     log = Recorder.on_log
 
