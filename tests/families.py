@@ -26,8 +26,9 @@ from finetune.training.architectures import mask_unsupported
 from finetune.training.generation import generate_completions
 from finetune.training.loaded_model import LoadedModel
 from finetune.training.loss import completion_loss_sum, output_head
+from finetune.training.merge import merge_run
 from finetune.training.model import unwrap_model
-from finetune.training.save import ADAPTER_WEIGHTS, merge_run
+from finetune.training.save import ADAPTER_WEIGHTS
 
 TINY = PROJECT / "recipes" / "tiny" / "model"
 """The bundled base, whose tokenizer all toy models have."""

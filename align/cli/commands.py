@@ -177,9 +177,9 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains a new adapter on it."""
     silence_libraries()
-    from finetune.training.save import merge_run
+    from finetune.training.merge import merge_run
 
-    echo(f"merged   {merge_run(directory)}")
+    echo(f"merged   {merge_run(directory, report=lambda result: echo(result.line()))}")
     echo(f"next     llm-align sft --base {directory}")
 
 

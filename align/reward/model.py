@@ -29,6 +29,7 @@ from finetune.training.loading import (
     enable_sharded_inference,
     init_distributed,
     parent_adapter_run,
+    resolve_quantization,
     shard_on_load,
 )
 from finetune.training.model import SCORE_HEAD, Policy, attach_adapter, load_base, load_config, unwrap_model
@@ -62,7 +63,7 @@ def load_reward_model_for_training(ctx: RunContext[Settings], encoder: Encoder) 
         "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
     )
     quantization = ctx.resolve_auto(
-        "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
+        "model.quantization", resolve_quantization(settings.model, traits.quantization)
     )
     # Weights that are trained directly stay in float32; autocast computes in the chosen precision.
     dtype = "float32" if traits.full_finetuning else precision

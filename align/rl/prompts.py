@@ -16,7 +16,7 @@ from data_templates.segments import Message, TemplateError
 from finetune.data.conversation import Conversation, with_control_suffix
 from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
-from finetune.data.pipeline import MAX_TRAIN_SAMPLES, EncodedIndex, EncodedRows, prepare
+from finetune.data.pipeline import MAX_TRAIN_SAMPLES, EncodedIndex, EncodedRows, prepare, probe_rows
 from finetune.data.report import DataReport
 from finetune.data.row_store import Rows, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
@@ -101,6 +101,11 @@ class PreparedPrompts:
     train: Prompts
     held_out: Prompts | None
     report: DataReport
+
+    @property
+    def probe_rows(self) -> list[list[int]]:
+        """Return the token ids of a few training prompts."""
+        return probe_rows(len(self.train), lambda row: self.train[row].ids)
 
     @property
     def prompts(self) -> list[Conversation]:

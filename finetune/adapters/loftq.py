@@ -83,12 +83,17 @@ def _weight_reader(base: str) -> "Callable[[str], Tensor]":
 
     def read(name: str) -> "Tensor":
         if name not in files:
-            actual = f"the files of '{base}' have no tensor '{name}'"
-            raise UserError(
-                Problem("adapter.method", actual, "its full-precision weights", "use adapter.method=qlora")
-            )
+            raise lacking(name)
         with safe_open(files[name], framework="pt") as opened:
             weight: Tensor = opened.get_tensor(name)
+        if not weight.is_floating_point():  # a base that is stored in 4 bits
+            raise lacking(name)
         return weight
+
+    def lacking(name: str) -> UserError:
+        actual = f"the files of '{base}' have no full-precision tensor '{name}'"
+        return UserError(
+            Problem("adapter.method", actual, "its full-precision weights", "use adapter.method=qlora")
+        )
 
     return read

@@ -23,7 +23,7 @@ from finetune.data.conversation import Conversation
 from finetune.data.conversation_rows import ConversationRows, no_usable_rows
 from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
-from finetune.data.pipeline import EncodedData, EncodedIndex, EncodedRows, encode_splits, prepare
+from finetune.data.pipeline import EncodedData, EncodedIndex, EncodedRows, encode_splits, prepare, probe_rows
 from finetune.data.report import DataReport
 from finetune.data.row_store import Rows, RowStore, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
@@ -114,6 +114,11 @@ class PreparedData:
     held_out: TokenizedRows | None
     prompts: Sequence[Conversation]
     report: DataReport
+
+    @property
+    def probe_rows(self) -> list[list[int]]:
+        """Return the token ids of a few training rows."""
+        return probe_rows(len(self.train), lambda row: self.train[row]["input_ids"].tolist())
 
 
 @dataclass(frozen=True, slots=True)

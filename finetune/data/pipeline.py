@@ -33,8 +33,21 @@ from finetune.recipe.settings import DataSettings
 MAX_TRAIN_SAMPLES = 64
 """Training rows that are kept as sample prompts where nothing is held out."""
 
+PROBE_ROWS, PROBE_TOKENS = 4, 32
+"""Rows, and tokens of each, on which the saved model is compared with the trained one."""
+
 CODE = (Path(__file__).parent, Path(data_templates.__path__[0]))
 """Folders whose code decides every kind's rows and tokens."""
+
+
+def probe_rows(num_rows: int, ids_of: Callable[[int], Iterable[int]]) -> list[list[int]]:
+    """Return the last token ids of the first rows; their beginnings often are one template text.
+
+    Args:
+        num_rows: number of rows.
+        ids_of: returns the token ids of a row.
+    """
+    return [[int(token) for token in ids_of(row)][-PROBE_TOKENS:] for row in range(min(num_rows, PROBE_ROWS))]
 
 
 class ConversationColumn(Sequence[Conversation]):

@@ -1,5 +1,6 @@
 """Short names of base models, from ``recipes/bases.yaml``."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 BASES = PROJECT / "recipes" / "bases.yaml"
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file of an adapter; transformers loads the adapter onto a base whose folder has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,22 @@ def _check_model_folder(folder: Path) -> Path:
         actual = f"folder '{folder}' has no config.json"
         expected = "a folder written by save_pretrained (config.json, weights, tokenizer)"
         raise UserError(Problem("model.base", actual, expected, _adapter_hint(folder)))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(foreign_adapter(str(folder), folder / ADAPTER_CONFIG))
     return folder
+
+
+def foreign_adapter(base: str, config: Path) -> Problem:
+    """Return the problem of a base that comes with an adapter, which transformers would load silently."""
+    try:
+        name = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):  # damaged, or without the key
+        name = "unknown"
+    actual = f"'{base}' has an adapter ({ADAPTER_CONFIG}) next to its config.json"
+    repair = f"the adapter's own base is '{name}': use that, or merge the adapter into it and use the result"
+    return Problem(
+        "model.base", actual, "a model without an adapter: transformers would add it silently", repair
+    )
 
 
 def _model_of_run(run: Path) -> Path:
@@ -80,7 +98,7 @@ def _model_of_run(run: Path) -> Path:
 
 
 def _adapter_hint(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return f"it is an adapter: merge it first (llm-align merge {folder.parent})"
     children = sorted(child.parent.name for child in folder.glob("*/config.json"))
     return f"did you mean '{folder / children[0]}'?" if children else ""

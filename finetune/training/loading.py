@@ -11,6 +11,7 @@ from finetune.data.documents import prepare_data
 from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
+from finetune.recipe.base_config import stored_quantization
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.rules import check_batch_divides
@@ -140,7 +141,7 @@ def load_frozen_base(ctx: RunContext) -> FrozenBase:
         "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
     )
     quantization = ctx.resolve_auto(
-        "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
+        "model.quantization", resolve_quantization(settings.model, traits.quantization)
     )
     # Trained weights are float32 master weights (mixed precision); frozen ones have the compute dtype.
     dtype = "float32" if traits.full_finetuning else precision
@@ -155,6 +156,16 @@ def load_frozen_base(ctx: RunContext) -> FrozenBase:
             strategy=ctx.strategy,
         )
     return FrozenBase(base, precision, quantization)
+
+
+def resolve_quantization(settings: ModelSettings, supported: tuple[str, ...]) -> tuple[str, str]:
+    """Return the base's quantization with the reason: what its files have, or the recipe's.
+
+    Raises:
+        UserError: the base is stored in a quantization that the recipe or the adapter excludes.
+    """
+    stored = stored_quantization(load_config(settings).to_dict())
+    return auto_values.quantization(settings.quantization, supported, stored)
 
 
 def add_adapter(ctx: RunContext, frozen: FrozenBase) -> Policy:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from finetune.data.tokens import Encoder
@@ -32,8 +33,9 @@ from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
 from finetune.distributed.strategies import SHARDED_WEIGHTS
-from finetune.library_internals import disable_4bit_repacking, quant_state
-from finetune.recipe.bases import resolve_base
+from finetune.library_internals import base_quantization, disable_4bit_repacking, quant_state
+from finetune.recipe.base_config import stored_quantization
+from finetune.recipe.bases import foreign_adapter, resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.disk import is_write_error, storage_error
 from finetune.recipe.errors import LibraryError, Problem, UserError
@@ -184,6 +186,7 @@ def load_base(
     auto_class = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     model: PreTrainedModel
     with _LoadErrors(settings):
+        _refuse_adapter_on_hub(settings)
         model, loading_info = auto_class.from_pretrained(
             resolve_base(settings.base),
             config=config,
@@ -192,7 +195,7 @@ def load_base(
             local_files_only=reads_base_offline(settings),
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
-            quantization_config=_quantization_config(quantization, precision, heads=bool(heads)),
+            quantization_config=_quantization_config(config, quantization, precision, heads=bool(heads)),
             # Sharded weights are placed by the engine.
             device_map=None if strategy in SHARDED_WEIGHTS else {"": hardware.device},
             distributed_config=_fsdp_config(strategy),
@@ -207,7 +210,7 @@ def load_base(
         missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
         _check_all_loaded([*missing, *mismatched])
     check_finite_weights(model, settings.base, in_float16=precision == "float16" or quantization == "int8")
-    if quantization == "nf4" and hardware.device == "cpu":
+    if hardware.device == "cpu" and base_quantization(model) == "nf4":
         _disable_nf4_repacking(model)
     reset_dynamic_rope(model)
     # Frozen before the adapter is built: what it adds, or unfreezes, is all that trains.
@@ -215,6 +218,16 @@ def load_base(
     if strategy == "fsdp2":
         set_fsdp_root(model)
     return model
+
+
+def _refuse_adapter_on_hub(settings: ModelSettings) -> None:
+    """Raise UserError if a Hub model comes with an adapter, which transformers would add to it silently."""
+    name = resolve_base(settings.base)  # looks into folders
+    file = find_adapter_config_file(
+        name, revision=settings.revision or "main", local_files_only=reads_base_offline(settings)
+    )
+    if file is not None:
+        raise UserError(foreign_adapter(name, Path(file)))
 
 
 def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
@@ -284,7 +297,11 @@ def _check_all_loaded(weights: list[str]) -> None:
         raise ValueError(f"its files lack {len(weights)} of the weights of config.json ({names})")
 
 
-def _quantization_config(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    config: PretrainedConfig, quantization: str, precision: str, *, heads: bool
+) -> BitsAndBytesConfig | None:
+    if stored_quantization(config.to_dict()) is not None:
+        return None  # weights that are stored quantized are loaded as they are
     # The score head is trained, so it stays unquantized. None is the library's default: it skips the LM head.
     skip_modules = [SCORE_HEAD] if heads else None
     if quantization == "nf4":

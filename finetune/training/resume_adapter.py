@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -13,7 +13,7 @@ from finetune.adapters._prompt_model import ENCODER_WEIGHTS_FILE
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.training.preflight.checks import first_few
-from finetune.training.save import ADAPTER_WEIGHTS, file_sha256
+from finetune.training.save import ADAPTER_WEIGHTS, adapter_tensors, file_sha256
 
 
 def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection[str] = ()) -> None:
@@ -35,7 +35,7 @@ def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection
         if file_sha256(run / name) != checksum:
             raise _corrupt_run(run, f"{name}: checksum mismatch")
     folder = run / "adapter"
-    saved, current = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model)
+    saved, current = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
     new = {name for name in current.keys() - saved.keys() if set(new_modules) & set(name.split("."))}
     if mismatched := sorted(saved.keys() ^ current.keys() - new):
         raise _corrupt_run(
@@ -50,7 +50,7 @@ def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection
             model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
     except (RuntimeError, OSError, SafetensorError) as error:
         raise _corrupt_run(run, " ".join(str(error).split())[:300]) from error
-    current = get_peft_model_state_dict(model)
+    current = adapter_tensors(model)
     if differing := sorted(name for name, value in saved.items() if not _is_close(current[name], value)):
         raise _corrupt_run(run, f"loaded weights differ from the saved ones: {first_few(differing)}")
 

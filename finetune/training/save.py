@@ -1,68 +1,132 @@
-"""Save the adapter or the model and verify the files against the weights in memory; merge an adapter."""
+"""Save the adapter or the model, and compare the files with the model in memory.
+
+First tensor by tensor, then by the logits of the reopened files (``reopen``). Checkpoints are compared by
+tensors only, when they are read.
+"""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from finetune.adapters._load import add_loading_instructions, load_saved_adapter
+from finetune.adapters._load import add_loading_instructions
+from finetune.data.tokens import Encoder
 from finetune.distributed import collectives, sharding
-from finetune.distributed.hardware import detect_hardware
+from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.library_internals import checkpoint_state_dict
-from finetune.recipe import yaml_file
-from finetune.recipe.discovery import adapter_traits
-from finetune.recipe.disk import check_free_space
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import read_generative_record
-from finetune.recipe.settings import ModelSettings
-from finetune.training.atomic_files import atomic_folder
 from finetune.training.context import RunContext
-from finetune.training.model import Policy, TextEncoding, load_base
+from finetune.training.inference_files import save_inference_files
+from finetune.training.model import Policy, TextEncoding, unwrap_model
 from finetune.training.preflight.checks import CheckResult, first_few
-from finetune.training.run_directory import MERGED, RunDirectory
+from finetune.training.reopen import (
+    Difference,
+    Loading,
+    Probe,
+    logits_difference,
+    reopen_adapter,
+    reopen_model,
+    reopening_unsupported,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def save_policy(ctx: RunContext, text: TextEncoding, policy: Policy) -> None:
-    """Save the adapter (or the model), compare the reloaded file with it, and record its checksums.
+def save_policy(
+    ctx: RunContext, text: TextEncoding, policy: Policy, probe_rows: Sequence[Sequence[int]]
+) -> None:
+    """Save the adapter (or the model), compare the reopened files with it, and record their checksums.
+
+    A collective: every rank must call it (weights may be sharded), and rank 0 writes.
+
+    Args:
+        ctx: context of the run.
+        text: tokenizer and template.
+        policy: the trained model.
+        probe_rows: token ids of a few rows of the run, on which logits are compared.
 
     Raises:
         UserError: the saved weights differ from the trained ones.
     """
-    files = collectives.broadcast_object(save_trained(ctx.run, policy.model, text.encoder.tokenizer))
-    ctx.run.update(files=files)
-    ctx.check(CheckResult("saved", f"{', '.join(files)}: reloaded, equal to the trained weights"))
+    if ctx.run.is_writer:
+        saved = _save(ctx, text.encoder, policy, probe_rows)
+    else:  # the other ranks only take part in the gathers, and wait for rank 0
+        _writer(policy.model)(policy.model, Path(_saved_name(policy.model)), main=False)
+        saved = None
+    saved = collectives.broadcast_object(saved)
+    assert saved is not None, "rank 0 saves"
+    ctx.run.update(files=saved.files, probe_rows=[list(row) for row in probe_rows])
+    ctx.check(CheckResult("saved", f"{', '.join(saved.files)}: reloaded, {saved.comparison}"))
+    if saved.note:
+        ctx.log(f"chat template: {saved.note}")
 
 
-def save_trained(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, atomically.
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Names and SHA-256 of the weight files, what they were compared with, a note on the chat template."""
 
-    A collective: every rank must call it (weights may be sharded), and rank 0 writes.
+    files: dict[str, str]
+    comparison: str
+    note: str
 
-    Returns:
-        The names of the weight files and their SHA-256, on rank 0.
 
-    Raises:
-        UserError: the files on disk differ from the weights in memory.
-    """
-    name = "adapter" if isinstance(model, PeftModel) else "model"
-    write = write_adapter if isinstance(model, PeftModel) else _write_model
-    # The other ranks only take part in the gathers.
-    if not run.is_writer:
-        write(model, Path(name), main=False)
-        return {}
-    with run.atomic_folder(name) as folder:
-        live = write(model, folder, main=True)
+def _save(ctx: RunContext, encoder: Encoder, policy: Policy, rows: Sequence[Sequence[int]]) -> _Saved:
+    """Write ``adapter/`` (PEFT's format) or ``model/`` atomically, and reopen it."""
+    model, name = policy.model, _saved_name(policy.model)
+    with ctx.run.atomic_folder(name) as folder:
+        live = _writer(model)(model, folder, main=True)
         (_verify_adapter if isinstance(model, PeftModel) else verify_model)(folder, live)
-        tokenizer.save_pretrained(str(folder))
-        files = sorted(folder.glob("*.safetensors"))
-        return {f"{name}/{file.name}": file_sha256(file) for file in files}
+        del live
+        note = save_inference_files(folder, unwrap_model(model), encoder)
+        comparison = "equal to the trained weights"
+        unsupported = reopening_unsupported(model)
+        if ctx.strategy in SHARDED_WEIGHTS:
+            unsupported = f"the weights are sharded ({ctx.strategy})"
+        if unsupported:
+            comparison += f"; not reopened: {unsupported}"
+        else:
+            probe = Probe(rows, policy.precision)
+            trust = ctx.settings.model.trust_remote_code
+            comparison += f"; reopened, logits {_reopened(model, folder, probe, trust_remote_code=trust)}"
+        files = {f"{name}/{file.name}": file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    return _Saved(files, comparison, note)
+
+
+def _reopened(model: nn.Module, folder: Path, probe: Probe, *, trust_remote_code: bool) -> Difference:
+    """Compare the logits of saved weights with those of the trained model."""
+    if isinstance(model, PeftModel):
+        difference = reopen_adapter(model, folder, probe)
+    else:
+        assert isinstance(model, PreTrainedModel)
+        expected = probe.logits(model)
+        noise = logits_difference(probe.logits(model), expected)
+        actual = reopen_model(folder, Loading.of(model, trust_remote_code=trust_remote_code), probe)
+        difference = Difference(logits_difference(actual, expected), 2 * noise)
+    difference.require(folder)
+    return difference
+
+
+def _saved_name(model: nn.Module) -> str:
+    return "adapter" if isinstance(model, PeftModel) else "model"
+
+
+def _writer(model: nn.Module) -> Callable[..., dict[str, torch.Tensor]]:
+    return write_adapter if isinstance(model, PeftModel) else _write_model
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the active adapter's tensors by their names in its file."""
+    # PEFT's default looks the base up on the hub, and may add the base's own embeddings.
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    return tensors
 
 
 def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
@@ -71,12 +135,12 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     # Gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards their weights again.
     with sharding.gathered_params(*trained):
-        adapter_state = get_peft_model_state_dict(model)
+        adapter_state = adapter_tensors(model)
         live = {name: value.detach().cpu().clone() for name, value in adapter_state.items()}
     with sharding.gathered_params(*trained):
         model.save_pretrained(
             str(folder),
-            # PEFT's default looks the base up on the hub, and may add its embeddings to the file.
+            # As in adapter_tensors.
             save_embedding_layers=False,
             selected_adapters=[model.active_adapter],  # the model may hold a reference adapter too
             is_main_process=main,
@@ -132,51 +196,3 @@ def file_sha256(file: Path) -> str:
     """Return a file's SHA-256 as in run.json."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def merge_run(run: Path) -> Path:
-    """Write ``RUN/merged``: the base's weights with the adapter's delta added, and the tokenizer.
-
-    Raises:
-        UserError: not a finished run, no adapter, or one that cannot be merged.
-        StorageError: the disk has no room for the merged model.
-    """
-    saved = read_generative_record(run)["reload"]
-    adapter = run / "adapter"
-    if not adapter.is_dir():
-        raise UserError(
-            Problem(str(run), "a run without an adapter", "a run with one", f"use it as it is: --base {run}")
-        )
-    _check_mergeable(run)
-    base = load_base(
-        ModelSettings(**saved["model"]),
-        precision=saved["precision"],
-        quantization=saved["quantization"],
-        hardware=detect_hardware(),
-    )
-    if saved["quantization"] != "none":
-        # Dequantize to the very values that the adapter was trained on: it compensates the quantization error
-        # (arXiv 2305.14314, section 3).
-        base = base.dequantize()
-    tuner = load_saved_adapter(base, adapter).base_model
-    assert isinstance(tuner, BaseTuner), "an adapter that cannot be merged declares it in its traits"
-    merged: PreTrainedModel = tuner.merge_and_unload()
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter))
-    size = sum(weight.numel() * weight.element_size() for weight in merged.parameters())
-    check_free_space(run, size, what="the merged model", repair="free some space, or move the run's folder")
-    with atomic_folder(run, MERGED, repair="then merge again") as folder:
-        merged.save_pretrained(str(folder))
-        verify_model(folder, checkpoint_state_dict(merged, merged.state_dict()))
-        tokenizer.save_pretrained(str(folder))
-    return run / MERGED
-
-
-def _check_mergeable(run: Path) -> None:
-    """Raise UserError if the run's adapter declares that it cannot be merged."""
-    method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]["method"]
-    if reason := adapter_traits(method).merge_unsupported:
-        expected = "an adapter that can be merged into the weights, such as lora"
-        actual = f"adapter '{method}': {reason}"
-        raise UserError(
-            Problem(str(run), actual, expected, "train with another adapter.method, or with full")
-        )

@@ -46,6 +46,11 @@ class RunData(Protocol):
         ...
 
     @property
+    def probe_rows(self) -> list[list[int]]:
+        """Return token ids of a few training rows, on which the saved model is compared."""
+        ...
+
+    @property
     def report(self) -> "DataReport":
         """Return the data report."""
         ...
@@ -193,11 +198,13 @@ def train(ctx: "RunContext", method: Method) -> None:
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.distributed import collectives
+    from finetune.distributed.strategies import SHARDED_WEIGHTS
     from finetune.training.fit import check_disk, fit, record_training_metrics
     from finetune.training.generation import generate_sharded
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.library_errors import adapter_errors
     from finetune.training.model import unwrap_model
+    from finetune.training.reopen import check_saveable
     from finetune.training.save import save_policy
 
     def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
@@ -213,6 +220,8 @@ def train(ctx: "RunContext", method: Method) -> None:
     with adapter_errors(unwrap_model(method.policy.model), ctx.settings.adapter, first_pass=True):
         sections = method.prepare()
     num_steps = count_steps(ctx, method)
+    if ctx.strategy not in SHARDED_WEIGHTS:
+        check_saveable(method.policy.model)
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
@@ -224,7 +233,7 @@ def train(ctx: "RunContext", method: Method) -> None:
         trainer = method.build_trainer(args, num_steps)
         record_held_out(ctx, method, trainer, "before")
         fit(ctx, trainer, spec)
-        save_policy(ctx, method.text, method.policy)
+        save_policy(ctx, method.text, method.policy, method.data.probe_rows)
         record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
         if evals:

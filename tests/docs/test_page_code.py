@@ -25,7 +25,7 @@ from finetune.recipe.discovery import local_path, stage_names, stage_of_verb, ve
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.recipe.yaml_file import read_yaml
-from finetune.training.save import merge_run
+from finetune.training.merge import merge_run
 
 STAGE_VERBS = {verb_of(stage) for stage in stage_names()} | {"coh"}
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "srun", "CUDA_VISIBLE_DEVICES=0")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from align.preference.groups import Group
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import TokenizedRows
-from finetune.data.pipeline import EncodedRows
+from finetune.data.pipeline import EncodedRows, probe_rows
 from finetune.data.report import DataReport
 
 
@@ -155,3 +155,12 @@ class PreparedPreferences:
     held_out: PreferenceGroups | None
     prompts: Sequence[Conversation]
     report: DataReport
+
+    @property
+    def probe_rows(self) -> list[list[int]]:
+        """Return the token ids of a few training prompts, each with its best completion."""
+        return probe_rows(len(self.train), self._best_ids)
+
+    def _best_ids(self, row: int) -> NDArray[np.int32]:
+        group = self.train[row]
+        return np.concatenate([group.prompt_ids, group.completion_ids[0]])

@@ -42,7 +42,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 NEWEST = Path("runs/sft-quickstart-22222222")
 LOADERS = {
     "chat": ("align.cli.runs.generate_once", ("--prompt", "a")),
-    "merge": ("finetune.training.save.merge_run", ()),
+    "merge": ("finetune.training.merge.merge_run", ()),
     "score": ("align.cli.runs.score_and_print", ("rows.jsonl",)),
 }
 
