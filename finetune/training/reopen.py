@@ -3,7 +3,7 @@
 Equal tensors do not show that a library finds them again under their names: experts are fused in memory and
 not in the files, tied heads are saved once, wrappers add prefixes. The logits on rows of the run do.
 
-Memory: an adapter is reopened beside the trained one on the same base. A full model is reopened on its own,
+Memory: an adapter is reopened as a second one on the base in memory. A full model is reopened on its own,
 in place of its gradients, which have its size and are dropped first.
 """
 
