@@ -3,10 +3,11 @@
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,11 +205,9 @@ def load_base(
             ignore_mismatched_sizes=True,  # reported below with names and shapes
             output_loading_info=True,
         )
-        mismatched = [
-            f"{name}: {saved} instead of {built}" for name, saved, built in loading_info["mismatched_keys"]
-        ]
-        missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
-        _check_all_loaded([*missing, *mismatched])
+        _check_all_loaded(loading_info, heads=heads)
+    if strategy not in SHARDED_WEIGHTS:
+        _cast_weights(model, DTYPES[precision])
     check_finite_weights(model, settings.base, in_float16=precision == "float16" or quantization == "int8")
     if hardware.device == "cpu" and base_quantization(model) == "nf4":
         _disable_nf4_repacking(model)
@@ -218,6 +217,17 @@ def load_base(
     if strategy == "fsdp2":
         set_fsdp_root(model)
     return model
+
+
+def _cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what a stored quantized base has in another dtype, as transformers does for other bases."""
+    if base_quantization(model) != "none":
+        for weight in model.parameters():
+            state = quant_state(weight)
+            if state is not None:
+                state.dtype = dtype  # of dequantized values, which are rounded to it
+            elif weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
 
 
 def _refuse_adapter_on_hub(settings: ModelSettings) -> None:
@@ -290,8 +300,14 @@ def _fsdp_config(strategy: str) -> DistributedConfig | None:
     return DistributedConfig(fsdp_size=dist_info().world_size) if strategy == "fsdp2" else None
 
 
-def _check_all_loaded(weights: list[str]) -> None:
+def _check_all_loaded(loading_info: Mapping[str, Any], *, heads: Sequence[str]) -> None:
     """Raise ValueError for weights missing in the files: the library would initialize them at random."""
+    mismatched = [
+        f"{name}: {saved_shape} instead of {expected_shape}"
+        for name, saved_shape, expected_shape in loading_info["mismatched_keys"]
+    ]
+    missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
+    weights = [*missing, *mismatched]
     if weights:
         names = "; ".join(sorted(weights)[:3])
         raise ValueError(f"its files lack {len(weights)} of the weights of config.json ({names})")
