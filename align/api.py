@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.default_recipe import default_recipe
 from finetune.recipe.discovery import stage_of_verb
+from finetune.recipe.one_run import one_run
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
 from finetune.recipe.runs import find_run
@@ -107,7 +108,9 @@ def _find_finished_run(name: str | Path) -> Path:
     return find_run(str(name), where="run", recipes=False)[0]
 
 
-def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
+def run(
+    recipe: Recipe, *, force: bool = False, accept_changed_code: bool = False, command: str = "run(recipe)"
+) -> "Result":
     """Run a recipe and return its result; a finished run is returned at once.
 
     If the recipe needs the run of another recipe, as parent run (``model.init_from: sft/quickstart``) or as
@@ -116,10 +119,12 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     Args:
         recipe: from ``load_recipe``.
         force: start over even if a run of this recipe exists.
+        accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command that is recorded in run.json.
 
     Raises:
-        UserError: invalid settings or data; nothing was written.
+        UserError: invalid settings or data; nothing was written. Or another run is in progress in this
+            process.
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: the loss or the gradient became NaN or infinite.
         LostProcessError: one of the run's processes died.
@@ -130,7 +135,14 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     from finetune.training.launch import launch_stage
 
     console = Terminal()
-    return launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
+    with one_run(f"{recipe.stage} {recipe.name}"):
+        return launch_stage(
+            resolve_required_runs(recipe, console),
+            console,
+            force=force,
+            accept_changed_code=accept_changed_code,
+            command=command,
+        )
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> "Plan":
@@ -193,13 +205,18 @@ def load_pipeline(
 
 
 def run_pipeline(
-    pipeline: "Pipeline", *, force: bool = False, command: str = "run_pipeline(pipeline)"
+    pipeline: "Pipeline",
+    *,
+    force: bool = False,
+    accept_changed_code: bool = False,
+    command: str = "run_pipeline(pipeline)",
 ) -> "PipelineResult":
     """Run the stages of a pipeline; finished stages are skipped.
 
     Args:
         pipeline: from ``load_pipeline``.
         force: start every stage over.
+        accept_changed_code: resume interrupted stages although files of their user functions have changed.
         command: the command that is recorded in pipeline.json.
 
     Raises:
@@ -211,4 +228,7 @@ def run_pipeline(
     from align.pipeline import runner
     from finetune.recipe.console import Terminal
 
-    return runner.run_all_stages(pipeline, Terminal(), force=force, command=command)
+    with one_run(f"pipeline {pipeline.name}"):
+        return runner.run_all_stages(
+            pipeline, Terminal(), force=force, accept_changed_code=accept_changed_code, command=command
+        )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from align.data_check import data_problems
+from align.planner.process_memory import with_checked_processes
 from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.hardware import detect_devices
@@ -41,10 +42,12 @@ def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
         Interrupted: stopped by a signal during such a run.
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
-    recipe = resolve(recipe, _target_machine(recipe))
-    return _with_required_runs(
+    target = _target_machine(recipe)
+    recipe = resolve(recipe, target)
+    required = _with_required_runs(
         recipe, lambda reference, verb: _finished_run_of(reference, recipe, console, verb)
     )
+    return with_checked_processes(required, target)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class PlannedRun:
         return str(self.directory.record.get("status", "")) if self.directory is not None else ""
 
 
-def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
+def plan_runs(recipe: Recipe, *, force: bool, accept_changed_code: bool = False) -> list[PlannedRun]:
     """Return the runs of a recipe's command in order, its own last; nothing runs and nothing is written.
 
     Checked are the settings on this machine, user functions, rows, required runs and the run directory. Of
@@ -83,6 +86,7 @@ def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
     Args:
         recipe: the loaded recipe.
         force: an earlier run of the recipe is replaced.
+        accept_changed_code: an interrupted run resumes although files of its user functions have changed.
 
     Raises:
         UserError: all problems found in the recipe, or in one that would run first.
@@ -109,9 +113,9 @@ def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
 
     directory = None
     try:
-        recipe = _with_required_runs(recipe, plan_required)
+        recipe = with_checked_processes(_with_required_runs(recipe, plan_required), target)
         if all(run.status == FINISHED for run in required.values()):
-            directory = RunDirectory.of(recipe, force=force)
+            directory = RunDirectory.of(recipe, force=force, accept_changed_code=accept_changed_code)
     except UserError as error:
         problems += error.problems
     if problems:

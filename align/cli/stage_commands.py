@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from align.required_runs import PlannedRun
 
 DRY_RUN_HELP = "Validate recipe, rows, required runs and launch; print the settings and run nothing."
+ACCEPT_HELP = "Resume an interrupted run although the code of its reward functions or rules was changed."
 REWARD_EXAMPLE = "reward.py:reward"
 
 STAGE_EPILOG = """\b
@@ -65,20 +66,24 @@ def _stage_command(stage: str, package: str) -> click.Command:
     @recipe_arguments(stage=stage)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over even if the run exists.")
+    @click.option("--accept-changed-code", is_flag=True, help=ACCEPT_HELP)
     @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
-    def command(selected: RecipeArguments, out: Path | None, force: bool, dry_run: bool) -> None:
+    def command(
+        selected: RecipeArguments, out: Path | None, force: bool, accept_changed_code: bool, dry_run: bool
+    ) -> None:
         recipe = selected.load(out=out)
         if dry_run:
-            _print_dry_run(recipe, force=force)
+            _print_dry_run(recipe, force=force, accept_changed_code=accept_changed_code)
         else:
-            _run_stage(recipe, force=force)
+            _run_stage(recipe, force=force, accept_changed_code=accept_changed_code)
 
     return command
 
 
-def _run_stage(recipe: Recipe, *, force: bool) -> None:
+def _run_stage(recipe: Recipe, *, force: bool, accept_changed_code: bool) -> None:
+    command = "llm-align " + " ".join(sys.argv[1:])
     with exit_on_stop():
-        result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+        result = run(recipe, force=force, accept_changed_code=accept_changed_code, command=command)
     from align.cli.runs import print_summary
 
     # Under a launcher every process runs the command; one of them prints.
@@ -86,7 +91,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
         print_summary(result)
 
 
-def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
+def _print_dry_run(recipe: Recipe, *, force: bool, accept_changed_code: bool) -> None:
     """Print the resolved settings and what the command would run, and where."""
     from align.cli.listing import print_recipe
     from align.data_check import hub_sources
@@ -94,7 +99,7 @@ def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
     from finetune.recipe.console import Terminal
     from finetune.training import auto_values
 
-    *required, run = plan_runs(recipe, force=force)
+    *required, run = plan_runs(recipe, force=force, accept_changed_code=accept_changed_code)
     if not dist_info().is_main:
         return
     print_recipe(run.recipe)
@@ -150,9 +155,16 @@ def _renamed_command(stage: str) -> click.Command:
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Directory of the pipeline's report."
 )
 @click.option("--force", is_flag=True, help="Start every stage over.")
+@click.option("--accept-changed-code", is_flag=True, help=ACCEPT_HELP)
 @click.option("--dry-run", is_flag=True, help="Validate every stage and print the plan; run nothing.")
 def run_command(
-    name: str, arguments: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
+    name: str,
+    arguments: tuple[str, ...],
+    base: str | None,
+    out: Path | None,
+    force: bool,
+    accept_changed_code: bool,
+    dry_run: bool,
 ) -> None:
     """Run a pipeline: several stages in one file; a stage may start from an earlier stage's run.
 
@@ -168,5 +180,10 @@ def run_command(
     if dry_run:
         return
     with exit_on_stop():
-        result = run_pipeline(pipeline, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+        result = run_pipeline(
+            pipeline,
+            force=force,
+            accept_changed_code=accept_changed_code,
+            command="llm-align " + " ".join(sys.argv[1:]),
+        )
     print_pipeline_result(result)

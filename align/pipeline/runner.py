@@ -5,8 +5,9 @@ Heavy libraries are imported only when a stage needs them, so a finished pipelin
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -28,7 +29,12 @@ from finetune.training.run_directory import Result
 
 
 def run_all_stages(
-    pipeline: Pipeline, console: Console, *, force: bool = False, command: str = ""
+    pipeline: Pipeline,
+    console: Console,
+    *,
+    force: bool = False,
+    accept_changed_code: bool = False,
+    command: str = "",
 ) -> PipelineResult:
     """Run the stages that are not finished, then write the report.
 
@@ -38,6 +44,7 @@ def run_all_stages(
         pipeline: from ``load_pipeline``.
         console: console for progress output.
         force: start every stage over.
+        accept_changed_code: resume interrupted stages although files of their user functions have changed.
         command: command line for pipeline.json.
 
     Raises:
@@ -54,8 +61,11 @@ def run_all_stages(
         results: dict[str, Result] = {}
         for position, entry in enumerate(pipeline.entries, start=1):
             _print_status(console, f"\n[{position}/{len(pipeline.entries)}] {entry.name}: {entry.title}")
+            launch = partial(
+                launch_stage, console=console, force=force, accept_changed_code=accept_changed_code
+            )
             results[entry.name] = _run_entry(
-                pipeline, entry, results, folder=folder, console=console, force=force
+                pipeline, entry, results, folder=folder, console=console, launch=launch
             )
         # No stage has run anew: samples and report are those of the same runs.
         if folder.record["stages"] != recorded_stages:
@@ -89,13 +99,13 @@ def _run_entry(
     *,
     folder: PipelineDirectory,
     console: Console,
-    force: bool,
+    launch: Callable[..., Result],
 ) -> Result:
     """Run one stage, or reuse its finished run, and record the result."""
     started_at = time.time()
     with _record_status(pipeline, entry, folder, first=not results):
         recipe, command = _resolve_entry(entry, results)
-        result = launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
+        result = launch(resolve_required_runs(recipe, console), command=command)
     folder.record_stage(entry.name, **_stage_record(result))
     # Untouched since: the stage was finished before. Wall clock time, as in the file's mtime.
     if (result.directory / "run.json").stat().st_mtime < started_at:

@@ -167,7 +167,7 @@ def train_round(
     recipe = round_recipe(ctx.recipe, ctx.run.path, round_index)
     row_keys = [[list(map(str, row.text_key)), row.location] for row in rows]
     # The fingerprint includes the rows, so a round with other completions is another run.
-    content = json.dumps([ctx.run.fingerprint, round_index, row_keys])
+    content = json.dumps([ctx.run.first_fingerprint, round_index, row_keys])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     run = RunDirectory.open(recipe, fingerprint, force=False)
     if run.finished:

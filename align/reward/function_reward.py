@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.reward.settings import RuleSettings
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.user_files import local_modules
 from finetune.recipe.user_function import call_for_number, function_file, load_user_function
 from finetune.training.run_directory import RULES, RunDirectory
 
@@ -44,12 +46,28 @@ class FunctionReward:
 
 
 def save_rules(rules: Sequence[RuleSettings], run: RunDirectory) -> None:
-    """Copy each rule's file to ``RUN/rules/NUMBER.py``."""
+    """Copy each rule's file to ``RUN/rules/NUMBER.py``, with the local files that it imports.
+
+    Raises:
+        UserError: a file is missing, or two rules import different local files of one name.
+    """
     # A copy, so that the finished run scores the same after the user's file has changed.
     if rules and run.is_writer:
         with run.atomic_folder(RULES) as folder:
             for index, rule in enumerate(rules):
-                (folder / f"{index}.py").write_bytes(_rule_file(rule).read_bytes())
+                file = _rule_file(rule)
+                (folder / f"{index}.py").write_bytes(file.read_bytes())
+                for module in local_modules(file):
+                    _copy_module(module, folder / module.relative_to(file.parent), rule)
+
+
+def _copy_module(module: Path, copy: Path, rule: RuleSettings) -> None:
+    content = module.read_bytes()
+    if copy.exists() and copy.read_bytes() != content:
+        actual = f"imports {module.name}, and an earlier rule imports another file of that name"
+        raise UserError(Problem(f"rule '{rule.name}'", actual, "local files with unique names", "rename it"))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(content)
 
 
 def load_rules(run: Path, rules: Sequence[RuleSettings]) -> list[FunctionReward]:

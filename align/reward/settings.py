@@ -1,6 +1,6 @@
 """Recipe settings of stage `reward`: heads and their data sources, loss terms, functions, and rules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -18,7 +18,7 @@ from finetune.recipe.settings import (
     Section,
     StageSettings,
 )
-from finetune.recipe.user_function import file_digest, load_user_function, signature_problems
+from finetune.recipe.user_function import load_user_function, signature_problems
 
 RULE_ARGUMENTS = ("prompt", "completion")
 """Arguments of a rule function."""
@@ -66,9 +66,9 @@ class RewardSettings(Section):
         [], description="Python reward functions: [{name: N, function: file.py:function, weight: 1.0}]"
     )
 
-    def input_digests(self) -> list[str]:
+    def input_digests(self, function_digest: Callable[..., str]) -> list[str]:
         """Return the digests of the rules' files, part of the run's fingerprint."""
-        return [file_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
+        return [function_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
 
 
 class Settings(StageSettings):

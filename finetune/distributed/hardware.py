@@ -266,10 +266,15 @@ def _query_nvidia_smi() -> list[tuple[str, int]]:
     )
 
 
+def cpu_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def cpu_device() -> Device:
     """Return the spec of this machine's CPU: the cores and memory that this process may use."""
     flags = _cpu_flags()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = cpu_cores()
     flops_per_cycle = (
         32 if "avx512f" in flags else 16
     )  # products and sums of float32 in a cycle: two units of 16 or 8 lanes

@@ -73,6 +73,10 @@ class LibraryError(UserError):
         return LibraryError, (self.problems, self.cause)
 
 
+class UserFunctionError(UserError):
+    """A user function raised or returned no number: the run resumes after the function is corrected."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the known name closest to ``name``, "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -1,6 +1,6 @@
 """Pydantic schema of the recipe sections shared by all stages; adapters and stages declare their own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,8 +44,11 @@ class Section(BaseModel):
     ROW_SOURCES: ClassVar[tuple[str, ...]] = ()
     """Keys that name rows (``RowSource``)."""
 
-    def input_digests(self) -> list[str]:
+    def input_digests(self, function_digest: Callable[..., str]) -> list[str]:
         """Return digests of other inputs than data and parent run: user functions, other runs.
+
+        Args:
+            function_digest: (``file.py:function``, ``where=`` its key) -> digest of the file.
 
         Raises:
             UserError: one of them is missing.

@@ -3,9 +3,12 @@
 import hashlib
 import importlib.util
 import inspect
+import reprlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -13,17 +16,46 @@ from types import ModuleType
 from typing import Any
 
 from finetune.recipe.discovery import INSTALLED, local_path
-from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.errors import Problem, UserError, UserFunctionError, did_you_mean, one_of
+from finetune.recipe.one_run import no_run_inside
 from finetune.recipe.renamed import renamed_function
+from finetune.recipe.user_calls import CALLS
+from finetune.recipe.user_files import imported_modules, local_modules
+from finetune.recipe.user_state import UserState, import_first, user_code
 
 FUNCTION_FORMAT = "path/to/file.py:function"
 NUMBER_FORMAT = "a finite number, or true or false"
 GRADER_PARAMETERS = ("prompt", "reply")
+EXPECTED_PARAMETER = "expected"
+"""Name of the optional third parameter of a reward function: the row's reference answer."""
+REPLY_NAMES = ("completion", "reply", "response", "answer")
 MAX_SHOWN_CHARACTERS = 80
 """Characters of prompt and reply shown in the error of a function that failed on them."""
+MAX_ERROR_CHARACTERS = 300
 
 
-def load_user_function(text: str, *, where: str) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class UserFunction:
+    """A function of a user's file; a call leaves the process as it was, and its duration is recorded."""
+
+    text: str
+    file: Path
+    function: Callable[..., Any]
+    state: UserState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; its random numbers are seeded with its arguments."""
+        arguments = [str(value) for value in (*args, *kwargs.values())]
+        shown = f"prompt {arguments[0][:MAX_SHOWN_CHARACTERS]!r}" if arguments else "no arguments"
+        with (
+            no_run_inside(self.text),
+            CALLS.timed(self.text, shown),
+            user_code(self.state, seed="\0".join(arguments)),
+        ):
+            return self.function(*args, **kwargs)
+
+
+def load_user_function(text: str, *, where: str) -> UserFunction:
     """Import the file in ``text`` and return its function.
 
     Args:
@@ -34,16 +66,28 @@ def load_user_function(text: str, *, where: str) -> Callable[..., Any]:
     Raises:
         UserError: no such file, an error while it is imported, or no such function in it.
     """
-    file = function_file(text, where=where)
+    file = function_file(text, where=where).resolve()
     name = text.rpartition(":")[2]
-    module = _import_file(file, where)
-    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-    if name not in functions:
+    module, state = _import_file(file, where)
+    value = vars(module).get(name)
+    if isinstance(value, type):
+        actual = f"'{name}' of '{file}' is a class"
+        repair = f"add `my_rule = {name}()` to the file, with a method __call__, and name my_rule"
+        raise UserError(Problem(where, actual, "a function", repair))
+    if not callable(value):
+        functions = [key for key, item in vars(module).items() if _is_offered(item, module)]
         actual = f"'{file}' has no function '{name}'"
         expected = one_of(functions) if functions else "a function; the file has none"
         raise UserError(Problem(where, actual, expected, did_you_mean(name, functions)))
-    function: Callable[..., Any] = vars(module)[name]
-    return function
+    return UserFunction(text, file, value, state)
+
+
+def _is_offered(value: Any, module: ModuleType) -> bool:
+    """Return whether a name of a file is a function that a recipe may name."""
+    if inspect.isfunction(value):
+        return True
+    # Decorated functions and instances, but no classes and nothing imported.
+    return callable(value) and not isinstance(value, type) and value.__module__ == module.__name__
 
 
 def function_file(text: str, *, where: str) -> Path:
@@ -64,12 +108,16 @@ def function_file(text: str, *, where: str) -> Path:
 
 
 def file_digest(text: str, *, where: str) -> str:
-    """Return the SHA-256 of the file of ``path/to/file.py:function``.
+    """Return the SHA-256 of the file of ``path/to/file.py:function`` and of the local files it imports.
 
     Raises:
         UserError: there is no such file.
     """
-    return hashlib.sha256(function_file(text, where=where).read_bytes()).hexdigest()
+    file = function_file(text, where=where)
+    digest = hashlib.sha256(file.read_bytes())
+    for module in local_modules(file):
+        digest.update(module.relative_to(file.parent).as_posix().encode() + b"\0" + module.read_bytes())
+    return digest.hexdigest()
 
 
 def call_for_number(function: Callable[[str, str], Any], prompt: str, reply: str, *, where: str) -> float:
@@ -81,7 +129,7 @@ def call_for_number(function: Callable[[str, str], Any], prompt: str, reply: str
     number = call_user_function(function, prompt, reply, where=where, expected=NUMBER_FORMAT)
     if number is None:
         problem = _return_problem(where, "it returned None", prompt, reply, NUMBER_FORMAT)
-        raise UserError(replace(problem, repair="return 0 for prompts that it does not apply to"))
+        raise UserFunctionError(replace(problem, repair="return 0 for prompts that it does not apply to"))
     return number
 
 
@@ -107,15 +155,77 @@ def call_user_function(
     """
     try:
         value = function(prompt, reply)
-    except Exception as error:  # the function is the user's and may raise anything
-        actual = f"{type(error).__name__}: {error}"
-        raise UserError(_return_problem(where, actual, prompt, reply, expected)) from error
+    except KeyboardInterrupt:  # the user's second Ctrl-C
+        raise
+    except BaseException as error:  # the function is the user's and may raise anything, also SystemExit
+        raise UserFunctionError(
+            _return_problem(where, describe_error(error), prompt, reply, expected)
+        ) from error
     if value is None:
         return None
-    # Real and not float: numpy scalars and bools are fine; NaN would poison every mean.
-    if not isinstance(value, Real) or not isfinite(value):
-        raise UserError(_return_problem(where, f"it returned {value!r}", prompt, reply, expected))
-    return float(value)
+    number = as_number(value)
+    # NaN would poison every mean.
+    if number is None or not isfinite(number):
+        problem = _return_problem(where, f"it returned {_describe_value(value)}", prompt, reply, expected)
+        raise UserFunctionError(replace(problem, repair=_value_repair(value)))
+    return number
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, a bool, or a scalar of numpy or torch as a float; None for anything else."""
+    # A scalar of numpy or torch is an array without dimensions. Not `float()`: it also converts texts.
+    if not isinstance(value, Real | Decimal) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, Real | Decimal):
+        return None
+    try:
+        return float(value)
+    except (OverflowError, ValueError):  # an integer above 1e308, or Decimal("sNaN")
+        return None
+
+
+def describe_error(error: BaseException) -> str:
+    """Return type, text and line of an exception in a user's code."""
+    # Not str(error): the exception's class may be the user's, and fail in turn.
+    text = str(traceback.TracebackException(type(error), error, None))
+    if isinstance(error, SystemExit):
+        description = f"it called sys.exit({error.code!r})"
+    else:
+        text = text if len(text) <= MAX_ERROR_CHARACTERS else f"{text[:MAX_ERROR_CHARACTERS]}..."
+        description = f"{type(error).__name__}: {text}".removesuffix(": ")
+    # The text of a SyntaxError names file and line.
+    line = "" if isinstance(error, SyntaxError) else _user_line(error)
+    return f"{description} ({line})" if line else description
+
+
+def _user_line(error: BaseException) -> str:
+    """Return the line of the user's file at which an exception left it; "" if it was raised elsewhere."""
+    frames: list[traceback.FrameSummary] = list(traceback.extract_tb(error.__traceback__))
+    own = max((index for index, frame in enumerate(frames) if frame.filename == __file__), default=-1)
+    frames = [frame for frame in frames[own + 1 :] if not frame.filename.startswith("<frozen")]
+    # Later frames may be those of a library that the file calls.
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    return f"{frames[0].filename}:{lines[-1]}" if frames else ""
+
+
+def _describe_value(value: Any) -> str:
+    if inspect.isgenerator(value):
+        return "a generator"
+    if inspect.iscoroutine(value):
+        value.close()  # or Python warns that it was never awaited
+        return "a coroutine"
+    return reprlib.repr(value)
+
+
+def _value_repair(value: Any) -> str:
+    """Return the repair of a returned value that is no number."""
+    if inspect.isgenerator(value):
+        return "use `return` and not `yield`"
+    if inspect.iscoroutine(value):
+        return "write `def` and not `async def`; asyncio.run() runs a coroutine inside"
+    if isinstance(value, list | tuple | dict) or getattr(value, "ndim", None):
+        return "the function is called once per completion: return its number"
+    return "return float(...) of it" if isinstance(value, str) else ""
 
 
 def _return_problem(where: str, actual: str, prompt: str, reply: str, expected: str) -> Problem:
@@ -126,24 +236,72 @@ def _return_problem(where: str, actual: str, prompt: str, reply: str, expected: 
 def signature_problems(
     function: Callable[..., Any], parameters: tuple[str, ...], *, where: str
 ) -> list[Problem]:
-    """Return the problems of a function that will be called with these positional arguments."""
+    """Return the problems of a function that is called with these arguments; ``expected`` by its name."""
+    expected = f"a function that takes ({', '.join(parameters)})"
+    signature = _signature(function)
+    if signature is None:
+        return []
+    text = f"{_name(function)}{signature}"
+    if any(check(_target(function)) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
+        repair = "write `def` and not `async def`; asyncio.run() runs a coroutine inside"
+        return [Problem(where, f"{text} is an async function", expected, repair)]
+    positional = [name for name in parameters if name != EXPECTED_PARAMETER]
+    by_name = {name: name for name in parameters if name == EXPECTED_PARAMETER}
     # bind() checks numbers and names of parameters without calling the function.
     try:
-        inspect.signature(function).bind(*parameters)
+        signature.bind(*positional, **by_name)
     except TypeError as error:
-        signature = f"{function.__name__}{inspect.signature(function)}"
-        expected = f"a function that takes ({', '.join(parameters)})"
-        return [Problem(where, f"{signature}: {error}", expected)]
+        return [Problem(where, f"{text}: {error}", expected, _signature_repair(signature, parameters))]
+    names = list(signature.parameters)
+    if len(positional) == 2 and names[1:2] == ["prompt"] and names[0] in REPLY_NAMES:
+        actual = f"{text} takes the {names[0]} first; it is called with the prompt first"
+        return [Problem(where, actual, expected, "swap the first two parameters")]
     return []
 
 
-def load_graders(graders: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+def _signature_repair(signature: inspect.Signature, parameters: tuple[str, ...]) -> str:
+    required = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(parameters) == 2 and len(required) == 3:
+        return f"give {required[2]} a default; a third parameter for reference answers is named `expected`"
+    return ""
+
+
+def _target(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function.function if isinstance(function, UserFunction) else function
+
+
+def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, UserFunction):
+        return function.text.rpartition(":")[2]
+    return str(getattr(function, "__name__", type(function).__name__))  # partials have no name
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return a function's signature; None for functions of C code that have none."""
+    try:
+        return inspect.signature(_target(function))
+    except ValueError:
+        return None
+
+
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Return True if a function has a parameter of this name."""
+    signature = _signature(function)
+    return signature is not None and name in signature.parameters
+
+
+def load_graders(graders: Mapping[str, str]) -> dict[str, UserFunction]:
     """Return the grader functions that a recipe names; their files are executed.
 
     Raises:
         UserError: a file or function is missing, or does not take a prompt and a reply.
     """
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, UserFunction] = {}
     problems: list[Problem] = []
     for name, text in graders.items():
         where = f"evaluate.graders.{name}"
@@ -157,24 +315,46 @@ def load_graders(graders: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def _import_file(file: Path, where: str) -> ModuleType:
-    """Import a file as a module."""
+def _import_file(file: Path, where: str) -> tuple[ModuleType, UserState]:
+    """Import a file as a module; return it and what it has changed for itself."""
     # A digest of the path in its name: two files called rules.py are two modules.
-    file = file.resolve()
     name = f"recipe_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, file
-    module = importlib.util.module_from_spec(spec)
+    module, state = importlib.util.module_from_spec(spec), UserState(file)
     sys.modules[name] = module  # dataclasses look up their module by name
+    _forget_local_modules(file)
+    import_first(imported_modules(file))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's and may raise anything
+        with no_run_inside(str(file)), user_code(state):
+            spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the file is the user's and may raise anything, also SystemExit
         del sys.modules[name]
-        actual = f"'{file}' cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(Problem(where, actual, "an importable Python file")) from error
-    return module
+        actual = f"'{file}' cannot be imported: {describe_error(error)}"
+        problem = Problem(where, actual, "an importable Python file", _import_repair(error, file))
+        raise UserError(problem) from error
+    return module, state
 
 
-def has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Return True if a function has a parameter of this name."""
-    return name in inspect.signature(function).parameters
+def _forget_local_modules(file: Path) -> None:
+    """Remove modules that have the names of a file's local modules from Python's cache."""
+    # They may be those of another folder, or have been edited since: a notebook runs for days.
+    folders = {path.relative_to(file.parent).parts[0].removesuffix(".py") for path in local_modules(file)}
+    for name in [name for name in sys.modules if name.partition(".")[0] in folders]:
+        # An installed library of that name is what the file imports.
+        if "site-packages" not in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
+
+def _import_repair(error: BaseException, file: Path) -> str:
+    if isinstance(error, SystemExit):
+        return 'put argument parsing and main programs below `if __name__ == "__main__":`'
+    if isinstance(error, EOFError):
+        return "no input() while the file is imported"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"pip install {error.name}, or put {error.name}.py into {file.parent}"
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return f"import files of {file.parent} by their name: `import helper`"
+    return ""

@@ -27,13 +27,16 @@ from finetune.distributed.interrupts import (
 from finetune.distributed.rank import DistInfo, dist_info
 from finetune.recipe.console import when_lost
 from finetune.recipe.disk import StorageError, writing_inside
-from finetune.recipe.errors import UserError
+from finetune.recipe.errors import UserError, UserFunctionError
 from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.recipe.runs import FORMAT, STOPPED
+from finetune.recipe.user_calls import CALLS, merge_call_times
+from finetune.training.checkpoints import complete_steps
+from finetune.training.fingerprint import function_digests, parent_run_record
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
-from finetune.training.run_directory import RunDirectory, parent_run_record
+from finetune.training.run_directory import ACCEPT_REPAIR, RunDirectory
 from finetune.training.stored_rows import store_rows
 
 Value = TypeVar("Value")
@@ -172,6 +175,7 @@ class RunContext(Generic[SettingsT]):
                     self._write_initial_record(metadata)
                     collectives.barrier()  # no rank may read a file of a replaced run
                     self.is_recording = True
+                    CALLS.clear()  # those of the checks before
                     yield
                     self._write_final_record(metric_spec)
             except Interrupted as stop:
@@ -181,13 +185,18 @@ class RunContext(Generic[SettingsT]):
             except StorageError as error:
                 self.run.record_stop(error)
                 raise
+            except UserFunctionError as error:
+                self.run.update(status="failed", error=str(error))
+                raise UserFunctionError(
+                    [replace(problem, repair=_resume_repair(problem.repair)) for problem in error.problems]
+                ) from error
             except (NotFiniteError, UserError) as error:
                 self.run.update(status="failed", error=str(error))
                 raise
         collectives.barrier()  # no rank may use the result before rank 0 has finished it
 
     def _write_initial_record(self, metadata: Mapping[str, Any]) -> None:
-        for note in self.recipe.notes:
+        for note in [*self.recipe.notes, *([self.run.note] if self.run.note else [])]:
             self.log(note)
         parent = parent_run_record(self.recipe.settings)
         self.run.record.pop("error", None)  # that of an earlier start
@@ -207,11 +216,23 @@ class RunContext(Generic[SettingsT]):
             processes=self.dist.world_size,
             preflight=self.check_results,
             **({"init_from": parent} if parent is not None else {}),
+            **self._code_sections(),
             **metadata,
         )
         if self.run.is_writer:
             stored = replace(self.recipe, settings=store_rows(self.recipe.settings, self.run.path))
             self.run.write("recipe.yaml", stored.to_yaml(self.resolved))
+
+    def _code_sections(self) -> dict[str, Any]:
+        """Return run.json's sections on the code of user functions, and log a change that was accepted."""
+        digests, change = function_digests(self.recipe.settings), self.run.code_change
+        sections: dict[str, Any] = {"functions": digests} if digests else {}
+        if change is not None:
+            step = max(complete_steps(self.run.checkpoints), default=0)
+            self.log(f"changed code accepted after step {step}: {change.files}")
+            entry = change.record(step=step, digest=self.run.digest)
+            sections["code_changes"] = [*self.run.record.get("code_changes", []), entry]
+        return sections
 
     def _write_final_record(self, metric_spec: MetricSpec) -> None:
         """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""
@@ -224,8 +245,15 @@ class RunContext(Generic[SettingsT]):
             "seconds": seconds,
             "peak_memory_bytes": max(peaks),
         }
+        if call_times := merge_call_times(collectives.all_gather_object(CALLS.times)):
+            self.run.record["function_calls"] = call_times
         self.run.record["summary"] = run_summary(self.run.record, metric_spec.summary)
         if self.dist.is_main:
             write_report(self.run, metric_spec.logged_keys, metric_spec.diagnostics(self.run.record))
         self.run.update(status="finished")
         collectives.barrier()  # no rank exits before the folder is complete
+
+
+def _resume_repair(repair: str) -> str:
+    """Return the repair of a user function that failed during the run: the run need not start over."""
+    return f"{repair or 'correct the function'}; {ACCEPT_REPAIR}"

@@ -49,13 +49,21 @@ RENDEZVOUS_ENDPOINT = "localhost:0"
 SPEC_FILE = "work.pickle"
 
 
-def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> Result:
+def launch_stage(
+    recipe: Recipe,
+    console: Console,
+    *,
+    force: bool = False,
+    accept_changed_code: bool = False,
+    command: str = "",
+) -> Result:
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
     Args:
         recipe: the recipe; its parent run and its reward models are finished runs.
         console: receives progress output.
         force: replace an existing run of this recipe.
+        accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
 
     Raises:
@@ -68,14 +76,16 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
     dist = dist_info()
     if dist.world_size > 1:
         rank_console = console if dist.is_main else Terminal(quiet=True)
-        return run_stage(recipe, rank_console, force=force, command=command)
-    if not RunDirectory.of(recipe, force=force).finished:
+        return run_stage(
+            recipe, rank_console, force=force, accept_changed_code=accept_changed_code, command=command
+        )
+    if not RunDirectory.of(recipe, force=force, accept_changed_code=accept_changed_code).finished:
         check_hub(recipe.settings)
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
-            launch_processes(LaunchSpec(recipe, force, command), num_processes)
+            launch_processes(LaunchSpec(recipe, force, accept_changed_code, command), num_processes)
             force = False  # the workers finished the run: below it is only read
-    return run_stage(recipe, console, force=force, command=command)
+    return run_stage(recipe, console, force=force, accept_changed_code=accept_changed_code, command=command)
 
 
 def check_deepspeed_installed(strategy: str) -> None:
@@ -91,6 +101,7 @@ class LaunchSpec:
 
     recipe: Recipe
     force: bool
+    accept_changed_code: bool
     command: str
 
 
@@ -192,7 +203,13 @@ def run_worker(folder: Path) -> int:
     spec = pickle.loads((folder / SPEC_FILE).read_bytes())
     error_path = error_file(folder, dist.rank)
     try:
-        launch_stage(spec.recipe, Terminal(), force=spec.force, command=spec.command)
+        launch_stage(
+            spec.recipe,
+            Terminal(),
+            force=spec.force,
+            accept_changed_code=spec.accept_changed_code,
+            command=spec.command,
+        )
     except (UserError, Interrupted, NotFiniteError) as user_error:
         error_path.write_bytes(pickle.dumps(user_error))
         return 1

@@ -14,6 +14,9 @@ from finetune.recipe.visible_text import visible_value
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.run_directory import RunDirectory
 
+MIN_FUNCTION_SHARE = 0.05
+"""Share of a run's time from which on the summary shows that of its user functions."""
+
 
 def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Return the summary of a run: label -> formatted value.
@@ -31,7 +34,22 @@ def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[s
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     if "train" in record["seconds"]:  # absent if a run resumes after its last step
         summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"
+    summary |= _code_summary(record)
     summary["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return summary
+
+
+def _code_summary(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the summary of user functions: their share of the time if it matters, and changes of code."""
+    summary = {}
+    calls: list[dict[str, float]] = list(record.get("function_calls", {}).values())
+    seconds, total = sum(call["seconds"] for call in calls), sum(record["seconds"].values())
+    if seconds > MIN_FUNCTION_SHARE * total:
+        number = sum(int(call["calls"]) for call in calls)
+        summary["user functions"] = f"{number:,} calls, {seconds:.0f} s ({seconds / total:.0%} of the run)"
+    if changes := record.get("code_changes"):
+        steps = ", ".join(str(change["step"]) for change in changes)
+        summary["code changed"] = f"after step {steps}"
     return summary
 
 

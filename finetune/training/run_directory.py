@@ -1,9 +1,5 @@
-"""Run directory: its files, whether it may be used, the lock, atomic writes; its fingerprint and its result.
+"""Run directory: its files, whether it may be used, the lock, atomic writes; its result."""
 
-The fingerprint is a digest of a run's inputs besides its settings: data, parent run, functions, models.
-"""
-
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.files import data_fingerprint
 from finetune.distributed.rank import dist_info
 from finetune.recipe.disk import StorageError, writing
 from finetune.recipe.errors import LibraryError, Problem, UserError
@@ -24,11 +19,10 @@ from finetune.recipe.runs import (
     RUNNING,
     RUNS_FOLDER,
     STOPPED,
-    read_finished_record,
+    is_outdated,
     read_run_record,
     refuse_outdated,
 )
-from finetune.recipe.settings import StageSettings
 from finetune.training.atomic_files import (
     PARTIAL_NAME,
     atomic_folder,
@@ -37,9 +31,10 @@ from finetune.training.atomic_files import (
     write_text_atomically,
 )
 from finetune.training.checkpoints import complete_steps, remove_newer_than
-from finetune.training.stored_rows import other_row_digests
+from finetune.training.fingerprint import CodeChange, find_code_change, run_fingerprint
 
 REPLACED = "replaced"
+ACCEPT_REPAIR = "the same command with --accept-changed-code resumes the run with the new code"
 SAMPLES = "samples.jsonl"
 SELECTED = "chosen.jsonl"
 METRICS = "metrics.jsonl"
@@ -61,46 +56,59 @@ class RunDirectory:
         self.recipe = recipe
         self.digest = digest
         self.fingerprint = fingerprint
+        self.code_change: CodeChange | None = None
+        self.note = ""
         self.record = read_run_record(path)
         self.is_writer = dist_info().is_main
         self.is_held = False
 
     @classmethod
-    def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
+    def of(cls, recipe: Recipe, *, force: bool, accept_changed_code: bool = False) -> "RunDirectory":
         """Return the directory of a recipe's run if it may be used; nothing is written.
 
         Args:
             recipe: the recipe of the run.
             force: an earlier run in the folder is replaced when the new one starts.
+            accept_changed_code: resume an interrupted run although files of its user functions have changed.
 
         Raises:
             UserError: data or a parent run are missing, or the folder holds something else.
         """
-        return cls.open(recipe, run_fingerprint(recipe.settings), force=force)
+        fingerprint = run_fingerprint(recipe.settings)
+        return cls.open(recipe, fingerprint, force=force, accept_changed_code=accept_changed_code)
 
     @classmethod
-    def open(cls, recipe: Recipe, fingerprint: str, *, force: bool) -> "RunDirectory":
+    def open(
+        cls, recipe: Recipe, fingerprint: str, *, force: bool, accept_changed_code: bool = False
+    ) -> "RunDirectory":
         """Return a run's directory as ``of`` does, with a fingerprint that is known already.
 
         Args:
             recipe: the recipe of the run.
             fingerprint: digest of the run's inputs besides its settings: other data, other run.
             force: an earlier run in the folder is replaced when the new one starts.
+            accept_changed_code: resume an interrupted run although files of its user functions have changed.
 
         Raises:
             UserError: the folder holds something else.
         """
         digest = recipe.digest(fingerprint)
-        path = recipe.out or RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
-        # A run's own recipe.yaml, unchanged, continues that run, wherever its folder is now.
-        if recipe.out is None and recipe.run is not None and read_run_record(recipe.run)["digest"] == digest:
-            path = recipe.run
+        path = recipe.out or _default_path(recipe, digest)
+        note = ""
+        # A new run: the same run may have been interrupted with other code, and has another name.
+        if recipe.out is None and not force and not read_run_record(path):
+            earlier = _interrupted_with_other_code(recipe, digest)
+            if earlier is not None and accept_changed_code:
+                path = earlier[0]
+            elif earlier is not None:
+                note = f"{earlier[0]} was interrupted with another version of {earlier[1]}: {ACCEPT_REPAIR}"
         run = cls(path, recipe, digest, fingerprint=fingerprint)
+        run.note = note
         # Only marked: nothing is deleted before the new run has passed its pre-flight.
         if force and run.record:
             run.record["status"] = REPLACED
         else:
-            run.check_usable()
+            run.check_usable(accept_changed_code=accept_changed_code)
         return run
 
     @property
@@ -117,8 +125,18 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check_usable(self) -> None:
-        """Raise UserError if the folder holds anything but a run of this recipe."""
+    @property
+    def first_fingerprint(self) -> str:
+        """Return the fingerprint at the start of the run, before code changes that the user accepted."""
+        changes = self.record.get("code_changes")
+        return str(changes[0]["fingerprint_before"]) if changes else self.fingerprint
+
+    def check_usable(self, *, accept_changed_code: bool = False) -> None:
+        """Raise UserError if the folder holds anything but a run of this recipe.
+
+        Args:
+            accept_changed_code: a run that was interrupted with other code of its user functions is usable.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or an unused name"))
         if not self.record and self.path.is_dir() and self._has_foreign_files():
@@ -132,6 +150,12 @@ class RunDirectory:
             # A library stopped it before its first step: there is only the record of that to replace.
             self.record["status"] = REPLACED
         elif self.record and self.record["digest"] != self.digest:
+            change = find_code_change(self.recipe, self.record)
+            if change is not None and not self.finished:
+                if not accept_changed_code:
+                    raise UserError(_changed_code_problem(self.path, change))
+                self.code_change = change
+                return
             actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
             repair = "choose another --out, or --force to replace that run"
             raise UserError(
@@ -283,43 +307,51 @@ def overwrite_status(record_file: Path) -> None:
         stream.write(stopped)
 
 
-def run_fingerprint(settings: StageSettings) -> str:
-    """Return a digest of the data's content, the parent run's weights, and the other files that a run uses.
-
-    Raises:
-        UserError: missing data, a parent that is not a finished run, or a missing Python file.
-    """
-    fingerprint = data_fingerprint(settings.data)
-    parent = parent_run_record(settings)
-    if parent is not None:
-        # The parent's weights, not its name or path: a run from a copy of the parent is the same run.
-        fingerprint = _json_sha256([fingerprint, parent["files"]])
-    extra_digests = [digest for _, section in settings for digest in section.input_digests()]
-    extra_digests += other_row_digests(settings)
-    return _json_sha256([fingerprint, *extra_digests]) if extra_digests else fingerprint
+def _changed_code_problem(path: Path, change: CodeChange) -> Problem:
+    actual = f"an interrupted run with another version of {change.files}"
+    repair = f"{ACCEPT_REPAIR}; --force starts over"
+    return Problem(str(path), actual, "the code that the run started with", repair)
 
 
-def parent_run_record(settings: StageSettings) -> dict[str, Any] | None:
-    """Return run.json's section on the parent run; None if the run starts from a base.
+def _default_path(recipe: Recipe, digest: str) -> Path:
+    """Return the folder of a run without --out: by its name, or where a run of this digest is already."""
+    # A run's own recipe.yaml, unchanged, continues that run, wherever its folder is now.
+    if recipe.run is not None and read_run_record(recipe.run)["digest"] == digest:
+        return recipe.run
+    path = RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
+    if path.is_dir():
+        return path
+    # A run that resumed with changed code keeps the name of its first start.
+    return next((folder for folder, record in _runs_of(recipe) if record["digest"] == digest), path)
 
-    Raises:
-        UserError: the parent is not a finished run.
-    """
-    if settings.model.init_from is None:
-        return None
-    path = Path(settings.model.init_from)
-    record = read_finished_record(path)
-    description = {
-        "name": path.name,
-        "folder": str(path),
-        "stage": record["stage"],
-        "recipe": record["recipe"],
+
+def _interrupted_with_other_code(recipe: Recipe, digest: str) -> tuple[Path, str] | None:
+    """Return the newest interrupted run that differs from a recipe in code alone, and the changed files."""
+    own = [(recipe.run, read_run_record(recipe.run))] if recipe.run is not None else []
+    changes = {
+        folder: (str(record.get("started", "")), change.files)
+        for folder, record in [*own, *_runs_of(recipe)]
+        if record["digest"] != digest
+        and record["status"] not in (FINISHED, REPLACED)
+        and (change := find_code_change(recipe, record)) is not None
     }
-    return {**description, "digest": record["digest"], "files": record["files"]}
+    if not changes:
+        return None
+    newest = max(changes, key=lambda folder: changes[folder][0])
+    return newest, changes[newest][1]
 
 
-def _json_sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _runs_of(recipe: Recipe) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the runs of a recipe in ./runs that call user functions, with their records."""
+    runs = []
+    for folder in sorted(RUNS_FOLDER.glob(f"{recipe.stage}-{recipe.name}-*/")):
+        try:
+            record = read_run_record(folder)
+        except UserError:  # another run's damaged record does not concern this one
+            continue
+        if record.get("functions") and not is_outdated(record):
+            runs.append((folder, record))
+    return runs
 
 
 @dataclass(frozen=True)

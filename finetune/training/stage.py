@@ -151,13 +151,21 @@ class Diagnoses(Protocol):
         ...
 
 
-def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> Result:
+def run_stage(
+    recipe: Recipe,
+    console: "Console",
+    *,
+    force: bool = False,
+    accept_changed_code: bool = False,
+    command: str = "",
+) -> Result:
     """Run a recipe's stage in this process; a finished run is returned at once.
 
     Args:
         recipe: the recipe; its parent run and its reward models are finished runs.
         console: receives progress output.
         force: replace an existing run of this recipe.
+        accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
 
     Raises:
@@ -167,7 +175,7 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
         StorageError: the disk is full or read-only; the last checkpoint is left.
         NotFiniteError: loss, gradient or a reward became NaN or infinite.
     """
-    run = RunDirectory.of(recipe, force=force)
+    run = RunDirectory.of(recipe, force=force, accept_changed_code=accept_changed_code)
     if not run.finished:
         # Heavy libraries are imported from here on: a finished run is returned without them.
         from finetune.training.context import RunContext

@@ -14,7 +14,8 @@ from align.data_check import data_problems
 from align.required_runs import plan_runs
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
-from finetune.training.run_directory import RunDirectory, run_fingerprint
+from finetune.training.fingerprint import run_fingerprint
+from finetune.training.run_directory import RunDirectory
 from finetune.training.stored_rows import row_sources, store_rows
 
 ROWS = [{"instruction": f"{i} 더하기 {i}?", "output": str(2 * i), "meta": {"n": 2**80}} for i in range(12)]

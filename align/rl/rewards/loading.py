@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from align.reward.function_reward import FunctionReward
 from align.reward.scorer import TOTAL, load_reward_model
 from align.rl.rewards.rewards import ModelReward, ReferenceAnswerReward, Rewards
-from align.rl.rewards.settings import EXPECTED_PARAMETER, RewardsSettings, reward_run_folder
+from align.rl.rewards.settings import RewardsSettings, reward_run_folder
 from finetune.library_internals import base_quantization
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
-from finetune.recipe.user_function import has_parameter, load_user_function
+from finetune.recipe.user_function import EXPECTED_PARAMETER, has_parameter, load_user_function
 from finetune.training.save import file_sha256
 
 

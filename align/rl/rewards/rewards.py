@@ -5,6 +5,7 @@ A weighted sum, Llama 2's piecewise reward, and a length penalty.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class ReferenceAnswerReward:
 
     name: str
     weight: float
-    function: Callable[[str, str, str], Any]
+    function: Callable[..., Any]
 
     def scores(
         self,
@@ -74,15 +75,12 @@ class ReferenceAnswerReward:
         return [self._score_row(*row) for row in rows]
 
     def _score_row(self, prompt: str, completion: str, location: str, reference_answer: str | None) -> float:
-        where, function = f"reward '{self.name}' on {location}", self.function
+        where = f"reward '{self.name}' on {location}"
         if reference_answer is None:
             raise UserError(Problem(where, "the row has no reference answer", NEEDS_REFERENCE_ANSWER))
-        return call_for_number(
-            lambda prompt_text, text: function(prompt_text, text, reference_answer),
-            prompt,
-            completion,
-            where=where,
-        )
+        # By its name: the parameter may come before the others, or be keyword-only.
+        function = partial(self.function, expected=reference_answer)
+        return call_for_number(function, prompt, completion, where=where)
 
 
 @dataclass(frozen=True)

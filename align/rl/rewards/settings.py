@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -26,11 +26,14 @@ from finetune.recipe.settings import (
     NonNegativeInt,
     Section,
 )
-from finetune.recipe.user_function import file_digest, has_parameter, load_user_function, signature_problems
+from finetune.recipe.user_function import (
+    EXPECTED_PARAMETER,
+    has_parameter,
+    load_user_function,
+    signature_problems,
+)
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
-EXPECTED_PARAMETER = "expected"
-"""Name of the optional third parameter of a reward function: the row's reference answer."""
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 """Names of the two sources that ``combine: llama2`` requires."""
 
@@ -105,8 +108,11 @@ class RewardsSettings(Section):
     )
     length_free: NonNegativeInt = Field(0, description="completion tokens without length penalty")
 
-    def input_digests(self) -> list[str]:
+    def input_digests(self, function_digest: Callable[..., str]) -> list[str]:
         """Return digests of the reward runs and of the functions' files.
+
+        Args:
+            function_digest: (``file.py:function``, ``where=`` its key) -> digest of the file.
 
         Raises:
             UserError: a run is missing or not finished, or a file is missing.
@@ -115,14 +121,14 @@ class RewardsSettings(Section):
         for index, source in enumerate(self.sources):
             where = f"rewards.sources[{index}]"
             if source.function is not None:
-                digests.append(file_digest(source.function, where=f"{where}.function"))
+                digests.append(function_digest(source.function, where=f"{where}.function"))
             else:
                 record = read_finished_record(reward_run_folder(source, where=f"{where}.run"))
                 # Normalization is part of it: it changes the scores.
                 contents = [record["digest"], record["files"], record["reward_normalization"]]
                 digests.append(hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest())
         return digests + (
-            [file_digest(self.unsafe_prompt_fn, where="rewards.unsafe_prompt_fn")]
+            [function_digest(self.unsafe_prompt_fn, where="rewards.unsafe_prompt_fn")]
             if self.unsafe_prompt_fn is not None
             else []
         )
@@ -194,12 +200,12 @@ def _source_problems(source: RewardSource, where: str) -> Iterator[Problem]:
 
 def _reward_function_problems(text: str, where: str) -> list[Problem]:
     try:
-        takes_expected = has_parameter(load_user_function(text, where=where), EXPECTED_PARAMETER)
+        function = load_user_function(text, where=where)
     except UserError as error:
         return error.problems
-    return _function_problems(
-        text, (*RULE_ARGUMENTS, EXPECTED_PARAMETER) if takes_expected else RULE_ARGUMENTS, where
-    )
+    takes_expected = has_parameter(function, EXPECTED_PARAMETER)
+    arguments = (*RULE_ARGUMENTS, EXPECTED_PARAMETER) if takes_expected else RULE_ARGUMENTS
+    return signature_problems(function, arguments, where=where)
 
 
 def _function_problems(text: str, arguments: tuple[str, ...], where: str) -> list[Problem]:

@@ -227,7 +227,7 @@ def test_the_rules_of_a_run_are_its_own_copies(single: Result, folder: Path) -> 
 
 
 def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
-    from finetune.training.run_directory import run_fingerprint
+    from finetune.training.fingerprint import run_fingerprint
 
     rules = [{"name": "brief", "function": f"{folder}/rules.py:brief"}]
     more = {"data.source": str(folder / "first.jsonl"), "data.held_out": 3, "reward.rules": rules}

@@ -130,7 +130,7 @@ def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: P
 
 
 def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:
-    with pytest.raises(UserError, match=r"evaluate.graders.tone: KeyError: 'score'; prompt"):
+    with pytest.raises(UserError, match=r"evaluate.graders.tone: KeyError: 'score' \(.*judge.py:9\); prompt"):
         tune(evaluate__graders={"tone": f"{grader}:broken"})
 
 

@@ -14,9 +14,10 @@ from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
 from finetune.training.context import RunContext
+from finetune.training.fingerprint import run_fingerprint
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.loading import load_policy
-from finetune.training.run_directory import Result, RunDirectory, run_fingerprint
+from finetune.training.run_directory import Result, RunDirectory
 from finetune.training.stage import run_stage
 
 

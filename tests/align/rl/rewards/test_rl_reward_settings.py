@@ -15,7 +15,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.rules import recipe_properties
-from finetune.training.run_directory import run_fingerprint
+from finetune.training.fingerprint import run_fingerprint
 
 Paths = dict[str, str]
 Given = Callable[[Paths], tuple[list[Any], dict[str, Any]]]
