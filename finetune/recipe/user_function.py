@@ -39,7 +39,6 @@ class UserFunction:
     """A function of a user's file; a call leaves the process as it was, and its duration is recorded."""
 
     text: str
-    file: Path
     function: Callable[..., Any]
     state: UserState
 
@@ -66,9 +65,9 @@ def load_user_function(text: str, *, where: str) -> UserFunction:
     Raises:
         UserError: no such file, an error while it is imported, or no such function in it.
     """
-    file = function_file(text, where=where).resolve()
+    file = function_file(text, where=where)
     name = text.rpartition(":")[2]
-    module, state = _import_file(file, where)
+    module, state = _import_file(file.resolve(), where)
     value = vars(module).get(name)
     if isinstance(value, type):
         actual = f"'{name}' of '{file}' is a class"
@@ -79,7 +78,7 @@ def load_user_function(text: str, *, where: str) -> UserFunction:
         actual = f"'{file}' has no function '{name}'"
         expected = one_of(functions) if functions else "a function; the file has none"
         raise UserError(Problem(where, actual, expected, did_you_mean(name, functions)))
-    return UserFunction(text, file, value, state)
+    return UserFunction(text, value, state)
 
 
 def _is_offered(value: Any, module: ModuleType) -> bool:
