@@ -199,6 +199,6 @@ def test_a_base_stored_in_4_bits_trains_and_merges(tune: Tune, stored_4bit: Path
     ],
 )
 def test_every_adapter_is_reopened(tune: Tune, method: str) -> None:
-    result = tune("run", adapter={"method": method}, evaluate__samples=0)
+    result = tune("run", adapter__method=method, evaluate__samples=0)
     [saved] = [check["detail"] for check in result.record["preflight"] if check["name"] == "saved"]
     assert saved.endswith("reopened, logits equal bit for bit")
