@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
 from finetune.training.loss import MAX_LOGITS_PER_CHUNK, logits_at
+from finetune.training.model import unwrap_model
+from finetune.training.preflight.isolation import (
+    Forward,
+    isolation_leak,
+    largest_difference,
+    rounding_bound,
+)
 
 
 def token_logps(
@@ -87,29 +96,64 @@ def _gather_logps(logits_SV: Tensor, state_index_N: Tensor, targets_N: Tensor) -
     return logits_float32[state_index_N, targets_N] - logits_float32.logsumexp(-1)[state_index_N]
 
 
-@torch.no_grad()
-def shared_layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, pad_id: int) -> float:
-    """Return the largest difference between shared and one-per-row layout in a token's log-probability.
+@dataclass(frozen=True, slots=True)
+class LayoutErrors:
+    """How the shared layout differs from one completion per row, in nats of a token's log-probability.
 
-    It measures on the loaded model what ``attention.block_mask_unsupported`` infers from its config: rounding
-    gives 1e-6 in float32, completions that attend to each other give 0.1 and more.
+    Attributes:
+        difference: largest difference between the two layouts.
+        rounding: bound on what rounding alone changes, measured on this model.
+        leak: largest change when only the other completions of the row change; exact for a dense model.
+        allowed_leak: the same for completions in rows of their own, times a factor.
+    """
+
+    difference: float
+    rounding: float
+    leak: float
+    allowed_leak: float
+
+
+@torch.no_grad()
+def shared_layout_errors(
+    model: nn.Module, head: nn.Module, groups: Sequence[Group], *, pad_id: int, epsilon: float
+) -> LayoutErrors:
+    """Measure on the loaded model what ``attention.block_mask_unsupported`` infers from its config.
 
     Args:
         model: causal LM in any wrapper; dropout is off during the measurement.
         head: its output embeddings.
-        groups: some of the user's groups, with two completions or more; two forward passes.
+        groups: some of the user's groups, with two completions or more.
         pad_id: any token.
+        epsilon: relative rounding error of the forward pass (``isolation.rounding_epsilon``).
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+
+    def forward_with(collate: GroupCollator) -> Forward:
+        def forward(completions: Sequence[Tensor]) -> list[Tensor]:
+            batch = collate(with_completions(groups, completions))
+            on_device = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+            logps_CT = token_logps(model, head, on_device)
+            return [row[:length] for row, length in zip(logps_CT, batch["lengths"].tolist(), strict=True)]
+
+        return forward
+
     # All groups in one row: masks between groups are measured too.
-    collators = (GroupCollator(pad_id, sum(map(len, groups))), GroupCollator(pad_id, one_per_row=True))
-    shared, one_per_row = (
-        token_logps(
-            model, head, {k: v.to(device) for k, v in collate(groups).items() if isinstance(v, Tensor)}
-        )
-        for collate in collators
+    shared = forward_with(GroupCollator(pad_id, sum(map(len, groups))))
+    one_per_row = forward_with(GroupCollator(pad_id, one_per_row=True))
+    completions = [ids for group in groups for ids in group.completions]
+    vocab_size = unwrap_model(model).config.get_text_config().vocab_size
+    leak, allowed_leak = isolation_leak(
+        shared, one_per_row, completions, vocab_size=vocab_size, distance=largest_difference
     )
+    difference = max(map(largest_difference, shared(completions), one_per_row(completions)))
+    rounding = rounding_bound(model, one_per_row, completions, epsilon=epsilon, distance=largest_difference)
     model.train(training)
-    return float((shared - one_per_row).abs().max())
+    return LayoutErrors(difference, rounding, leak, allowed_leak)
+
+
+def with_completions(groups: Sequence[Group], completions: Sequence[Tensor]) -> list[Group]:
+    """Return the groups with other completions, given for all groups in their order."""
+    remaining = iter(completions)
+    return [Group(group.prompt, tuple(islice(remaining, len(group.completions)))) for group in groups]

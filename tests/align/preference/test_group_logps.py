@@ -21,12 +21,12 @@ from group_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import MistralConfig
+from transformers import MistralConfig, PreTrainedModel
 
 from align.preference import logps as own
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
-from align.preference.logps import gather_logps, shared_layout_error, token_logps
+from align.preference.logps import LayoutErrors, gather_logps, shared_layout_errors, token_logps
 from finetune.data.collate import IGNORE_INDEX, LMExample, PackedCollator
 from finetune.training.loss import completion_loss_sum, output_head
 
@@ -179,10 +179,30 @@ def test_unused_block_mask_is_an_error() -> None:
     assert not model.base_model._forward_pre_hooks
 
 
-def test_layout_error_detects_a_sliding_window() -> None:
-    model, groups = tiny("llama").train(), random_groups(SOME)
-    assert shared_layout_error(model, output_head(model), groups, pad_id=0) < 1e-5
-    assert model.training
+def layout_errors(model: PreTrainedModel) -> LayoutErrors:
+    return shared_layout_errors(
+        model, output_head(model), random_groups(SOME), pad_id=0, epsilon=torch.finfo(model.dtype).eps
+    )
+
+
+def test_layout_errors_detect_a_sliding_window() -> None:
+    model = tiny("llama").train()
+    errors = layout_errors(model)
+    assert errors.difference < 1e-5 and model.training
+    assert errors.leak == 0
     # A window of 6 tokens is shorter than the groups' texts, and the block mask does not know it.
     sliding = random_model(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6))
-    assert shared_layout_error(sliding, output_head(sliding), groups, pad_id=0) > 0.1
+    assert layout_errors(sliding).difference > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_of_one_percent_between_completions_is_found(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    healthy = layout_errors(model)
+    assert healthy.leak == 0 and healthy.difference <= 1e-3 + healthy.rounding
+    # The embedding of the previous token, which may be another completion's.
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output + 0.01 * torch.roll(output, 1, dims=1)
+    )
+    leaking = layout_errors(model)
+    assert leaking.leak > leaking.allowed_leak
