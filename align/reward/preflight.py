@@ -1,6 +1,7 @@
 """Pre-flight checks of a reward model on the run's rows: data, margins, batch invariance, score position."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from align.reward.trainer import RewardObjective
 from finetune.data.tokens import Encoder
 from finetune.distributed.sharding import gathered_params
 from finetune.recipe.errors import Problem
-from finetune.training.model import DTYPES, Policy, preserve_state
+from finetune.training.model import DTYPES, Policy, preserve_state, unwrap_model
 from finetune.training.preflight import data_checks, invariance_checks
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE
+from finetune.training.preflight.isolation import Forward, isolation_leak, largest_difference
 
 CHECKED_COMPARISONS = 64
 """The first training comparisons, from which two short ones are checked."""
@@ -136,12 +138,47 @@ def _check_layouts(
     # A head of zeros scores 0 everywhere: no division by 0.
     max_score = max(float(separate_scores.abs().max()), 1e-30)
     if not collator.one_per_row:
+        yield from _check_isolation(model, groups, collator)
         difference = float((shared_scores - separate_scores).abs().max()) / max_score
         detail = f"scores with a shared prompt and with one row per completion differ by {difference:.1e}"
         yield _check_agreement("layout", detail, difference, tolerance, repair="model.attention=eager")
     difference = float((library_scores - separate_scores).abs().max()) / max_score
     detail = f"scores differ from transformers' sequence classification forward by {difference:.1e}"
     yield _check_agreement("library", detail, difference, tolerance, repair="")
+
+
+def _check_isolation(
+    model: nn.Module, groups: Sequence[TokenizedGroup], collator: RewardCollator
+) -> Iterator[CheckResult]:
+    """Yield a failed check if a score changes with the other completions of its row."""
+
+    def forward_with(collate: RewardCollator) -> Forward:
+        def forward(completions: Sequence[Tensor]) -> Sequence[Tensor]:
+            remaining = iter(completions)
+            changed = [
+                replace(group, completion_ids=tuple(next(remaining).numpy() for _ in group.completion_ids))
+                for group in groups
+            ]
+            return list(_collated_scores(model, collate(changed)))
+
+        return forward
+
+    shared, separate = (
+        forward_with(RewardCollator(collator.pad_id, one_per_row=one_per_row))
+        for one_per_row in (False, True)
+    )
+    completions = [torch.tensor(ids) for group in groups for ids in group.completion_ids]
+    vocab_size = unwrap_model(model).config.get_text_config().vocab_size
+    with preserve_state(model), torch.no_grad():
+        leak, allowed = isolation_leak(
+            shared, separate, completions, vocab_size=vocab_size, distance=largest_difference
+        )
+    if leak > allowed:
+        actual = f"other completions of the prompt change a score by {leak:.1e}"
+        problem = Problem(
+            "model.base", actual, "scores of completions by themselves", "model.attention=eager"
+        )
+        yield failed("layout", problem)
 
 
 def _check_agreement(

@@ -98,7 +98,9 @@ def check_coverage(model: nn.Module, adapter: AdapterSettings) -> list[CheckResu
     share = adapted / max(adapted + sum(sizes.values()), 1)
     if share >= MIN_COVERAGE:
         return []
-    names = first_few(sorted(sizes, key=lambda name: -sizes[name]))
+    total = adapted + sum(sizes.values())
+    largest = sorted(sizes, key=lambda name: -sizes[name])
+    names = first_few([f"{name} ({sizes[name] / total:.0%})" for name in largest])
     detail = f"the adapter reaches {share:.0%} of the layers' weights; not linear layers: {names}"
     return [CheckResult(COVERAGE, detail, warned=True)]
 
