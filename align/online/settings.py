@@ -1,7 +1,7 @@
 """Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and their rules."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,10 @@ class OnlineTrainSettings(TrainSettings):
     """Training settings of TRL's trainer; every step trains on newly sampled completions."""
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
+    # TRL's sampler reads the prompts of all steps from one list.
+    max_steps: Annotated[int, Field(gt=0, le=10**6)] | None = Field(
+        None, description="number of optimizer steps; overrides epochs"
+    )
     batch_size: AtLeastTwo = Field(
         32, description="completions per optimizer step: prompts times sampling.num_generations"
     )
