@@ -138,7 +138,7 @@ def _check_layouts(
     # A head of zeros scores 0 everywhere: no division by 0.
     max_score = max(float(separate_scores.abs().max()), 1e-30)
     if not collator.one_per_row:
-        yield from _check_isolation(model, groups, collator)
+        yield from check_score_isolation(model, groups, collator)
         difference = float((shared_scores - separate_scores).abs().max()) / max_score
         detail = f"scores with a shared prompt and with one row per completion differ by {difference:.1e}"
         yield _check_agreement("layout", detail, difference, tolerance, repair="model.attention=eager")
@@ -147,7 +147,7 @@ def _check_layouts(
     yield _check_agreement("library", detail, difference, tolerance, repair="")
 
 
-def _check_isolation(
+def check_score_isolation(
     model: nn.Module, groups: Sequence[TokenizedGroup], collator: RewardCollator
 ) -> Iterator[CheckResult]:
     """Yield a failed check if a score changes with the other completions of its row."""

@@ -3,6 +3,7 @@
 from math import sqrt
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from adapter_properties import build_adapter
@@ -13,6 +14,8 @@ from test_continue_training import saved_run
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from align.preference.groups import GroupCollator
+from align.preference.rows.dataset import TokenizedGroup
+from align.reward.batch import RewardCollator
 from align.reward.model import (
     ScoreHead,
     check_scoring_architecture,
@@ -21,6 +24,7 @@ from align.reward.model import (
     init_score_head,
     non_stop_pad_id,
 )
+from align.reward.preflight import check_score_isolation
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.resume_adapter import load_adapter_weights
@@ -114,3 +118,27 @@ def test_full_tuning_scores_as_its_saved_model(tmp_path: Path) -> None:
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert opened.config.id2label == dict(enumerate(HEADS))
     assert torch.allclose(transformers_scores(opened, groups), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_score_that_depends_on_other_completions_stops_the_run(dtype: torch.dtype) -> None:
+    model = scorer("llama").to(dtype)
+    groups = [
+        TokenizedGroup(
+            prompt_ids=group.prompt.numpy(),
+            completion_ids=tuple(ids.numpy() for ids in group.completions),
+            ranks=np.arange(len(group.completions)),
+            scores=np.zeros(len(group.completions)),
+            margin=0.0,
+            source=0,
+            row=row,
+            location="",
+        )
+        for row, group in enumerate(random_groups(SOME))
+    ]
+    assert list(check_score_isolation(model, groups, RewardCollator(0))) == []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output + 0.01 * torch.roll(output, 1, dims=1)
+    )
+    [result] = check_score_isolation(model, groups, RewardCollator(0))
+    assert result.problem is not None and "other completions of the prompt change a score" in result.detail
