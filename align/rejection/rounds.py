@@ -35,6 +35,7 @@ from finetune.training.model import Policy, TextEncoding
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import ROUNDS, RunDirectory
 from finetune.training.save import file_sha256
+from finetune.training.schedule import SchedulePart
 from finetune.training.stage import train
 
 
@@ -172,12 +173,22 @@ def train_round(
     run = RunDirectory.open(recipe, fingerprint, force=False)
     if run.finished:
         return
-    round_ctx = RunContext(recipe, run, ctx.console, ctx.command)
+    round_ctx = RunContext(
+        recipe, run, ctx.console, ctx.command, schedule_part=_schedule_part(ctx, round_index)
+    )
     init_distributed(round_ctx)
     with ctx.timed("train"):
         data = _tokenize_rows(rows, text)
         train(round_ctx, SFT(round_ctx, text, data, policies.policy_for_round(round_index)))
     round_ctx.raise_if_interrupted(f"after training of round {round_index}")
+
+
+def _schedule_part(ctx: RunContext[Settings], round_index: int) -> SchedulePart:
+    """Return a round's part of the learning rate schedule: one schedule for all rounds."""
+    if round_index == 1:
+        return SchedulePart(0, ctx.settings.rejection.rounds)
+    first = RunDirectory(round_folder(ctx.run.path, 1), ctx.recipe, "")
+    return SchedulePart(round_index - 1, ctx.settings.rejection.rounds, first.record["steps"])
 
 
 def _tokenize_rows(rows: Sequence[Conversation], text: TextEncoding) -> PreparedData:

@@ -98,8 +98,8 @@ def common_arguments(
             settings.batch_size, micro_batch_size, execution.num_processes
         ),
         "learning_rate": settings.learning_rate,
+        # Read by `ScheduledTrainer`: decay, and warm-up in steps or, below 1, as a fraction of all steps.
         "lr_scheduler_type": settings.lr_schedule,
-        # Below 1 transformers takes it for a fraction of all steps, as the recipe does.
         "warmup_steps": settings.warmup,
         "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "adam_beta1": beta1,

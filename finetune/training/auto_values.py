@@ -153,6 +153,19 @@ def optimizer_steps(rows: int, *, batch_size: int, epochs: float, max_steps: int
     return max_steps or ceil(ceil(rows / batch_size) * epochs)
 
 
+def warmup_steps(requested: float, *, steps: int) -> int:
+    """Return the warm-up steps of a run: at most all of its steps.
+
+    Args:
+        requested: steps (1, 2, ...), or a fraction of all steps (below 1).
+        steps: optimizer steps of the run.
+
+    >>> [warmup_steps(requested, steps=20) for requested in (0, 0.03, 5, 150)]
+    [0, 1, 5, 20]
+    """
+    return min(steps, int(requested) if requested >= 1 else ceil(requested * steps))
+
+
 def checkpoint_every(requested: int | None, *, steps: int) -> tuple[int, str]:
     """Return the steps between checkpoints, and the reason."""
     if requested is not None:

@@ -37,6 +37,7 @@ from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
 from finetune.training.run_directory import ACCEPT_REPAIR, RunDirectory
+from finetune.training.schedule import COMPLETE_SCHEDULE, SchedulePart
 from finetune.training.stored_rows import store_rows
 
 Value = TypeVar("Value")
@@ -72,6 +73,7 @@ class RunContext(Generic[SettingsT]):
         seconds: wall time by phase.
         check_results: all checks so far, as in run.json.
         strategy: the distributed strategy, resolved before a model is loaded.
+        schedule_part: the part of the learning rate schedule that this run covers.
         loading_contexts: contexts of sharded weights (ZeRO-3), open from loading until training begins.
         is_recording: whether run.json exists, so that checks are written to it at once.
     """
@@ -87,6 +89,7 @@ class RunContext(Generic[SettingsT]):
     seconds: dict[str, float] = field(default_factory=dict)
     check_results: list[dict[str, Any]] = field(default_factory=list)
     strategy: str = "single"
+    schedule_part: SchedulePart = COMPLETE_SCHEDULE
     loading_contexts: ExitStack = field(default_factory=ExitStack)
     is_recording: bool = False
 

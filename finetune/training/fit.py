@@ -24,6 +24,7 @@ from finetune.training.preflight.weight_checks import (
     trained_digest,
 )
 from finetune.training.recorder import AlreadyTrained, Recorder
+from finetune.training.schedule import ScheduledTrainer
 from finetune.training.trainer import BaseTrainer, first_row_ids, initial_param_groups
 
 LAST_LOG_ENTRIES = 10
@@ -52,6 +53,8 @@ def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     ctx.run.truncate_after(last.step)
     if last.path:
         ctx.log(f"resuming from step {last.step}")
+    assert isinstance(trainer, ScheduledTrainer), "every engine's trainer has the one schedule"
+    trainer.schedule_part = ctx.schedule_part
     recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys)
     _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=spec.allows_zero_gradients)
     before = frozen_checksums(trainer.model)

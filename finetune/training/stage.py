@@ -214,6 +214,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
     from finetune.training.save import save_policy
+    from finetune.training.schedule import check_warmup
 
     def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
         return generate_sharded(ctx, method.text, method.policy, prompts)
@@ -232,7 +233,8 @@ def train(ctx: "RunContext", method: Method) -> None:
         check_saveable(method.policy.model)
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
-    metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
+    ctx.check(*check_warmup(ctx.settings.train.warmup, num_steps, ctx.schedule_part))
+    metadata = policy_metadata(ctx, method.text, method.policy, method.data.report) | {"steps": num_steps}
     for name, section in sections.items():
         metadata[name] = {**metadata[name], **section} if name in metadata else section
     with ctx.recorded(metadata, spec.with_summary(evals.summary if evals else {})):

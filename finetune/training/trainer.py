@@ -1,7 +1,7 @@
 """Native trainers: the base of all (batches, adapter hooks, NaN errors that name their rows), and SFT's.
 
-Only public hooks of transformers' Trainer are overridden. Optimizer, scheduler, gradient accumulation,
-precision, checkpoints and distribution are the library's; that is what makes a run resume bit for bit.
+Only public hooks of transformers' Trainer are overridden. Optimizer, gradient accumulation, precision,
+checkpoints and distribution are the library's; that is what makes a run resume bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rate
 from finetune.training.loss import completion_loss_sum, held_out_loss, output_head
 from finetune.training.metrics import EVAL_PREFIX, as_logged
 from finetune.training.save import write_adapter
+from finetune.training.schedule import ScheduledTrainer
 
 NO_HOOKS = Hooks()
 
@@ -84,7 +85,7 @@ class PaddedRows(Dataset[tuple[Any, bool]]):
         return (self.rows[index], True) if index >= 0 else (self.rows[~index], False)
 
 
-class BaseTrainer(Trainer):  # type: ignore[misc]
+class BaseTrainer(ScheduledTrainer):
     """A Trainer whose batches carry their row ids (``row_ids``); subclasses define the loss."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the step, not by accumulation steps

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.training.loss import held_out_loss
+from finetune.training.schedule import ScheduledTrainer
 from finetune.training.trainer import log_held_out
 
 
-class TrlTrainerMixin(Trainer):  # type: ignore[misc]
-    """Stops a run at a NaN loss, and logs our held-out metrics; comes before TRL's class in the MRO."""
+class TrlTrainerMixin(ScheduledTrainer):
+    """Our learning rate schedule and held-out metrics, and a stop at a NaN loss; before TRL's class in the MRO."""
 
     def row_locations(self, inputs: Any) -> Sequence[str]:
         """Return the locations (``file:line``) of a micro-batch's rows, after its forward pass."""
