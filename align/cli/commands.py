@@ -7,6 +7,7 @@ import click
 from align.cli.arguments import RecipeArguments, recipe_arguments, run_argument
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
 from align.cli.exit_status import (
+    CHECK_FAILED,
     INTERRUPTED,
     USER_ERROR,
     ErrorReporting,
@@ -18,7 +19,7 @@ from align.cli.exit_status import (
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
-from finetune.recipe.errors import UserError
+from finetune.recipe.errors import CheckFailedError, UserError
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import echo, echo_json, prepare_terminal
 
@@ -53,6 +54,8 @@ def main() -> None:
     try:
         # Not standalone: click would print its own messages and choose its own exit codes.
         cli.main(prog_name=PROGRAM, standalone_mode=False, obj=reporting)
+    except CheckFailedError as error:
+        fail(str(error), CHECK_FAILED)
     except UserError as error:
         if reporting.traceback:
             echo(format_traceback(error), err=True)

@@ -145,7 +145,8 @@ def _record_status(
         if first:
             # Nothing has run yet: leave no folder of a pipeline that never started.
             folder.remove_if_new()
-        raise UserError([entry.with_stage_name(problem) for problem in error.problems]) from error
+        # The same class: its exit status is another one if a check of the result failed.
+        raise type(error)([entry.with_stage_name(problem) for problem in error.problems]) from error
 
 
 def _resolve_entry(entry: StageEntry, results: dict[str, Result]) -> tuple[Recipe, str]:

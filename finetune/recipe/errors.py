@@ -77,6 +77,10 @@ class UserFunctionError(UserError):
     """A user function raised or returned no number: the run resumes after the function is corrected."""
 
 
+class CheckFailedError(UserError):
+    """A check of a result failed: the files are kept, the run is marked as failed, and the status is 4."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the known name closest to ``name``, "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -249,10 +249,12 @@ class TrainSettings(Section):
     micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
     lr_schedule: Literal["linear", "cosine", "constant"] = Field(
-        "cosine", description="learning rate schedule after warmup"
+        "cosine", description="learning rate schedule after warmup; the last step's rate is above 0"
     )
     warmup: NonNegativeInt | Fraction = Field(
-        0.03, description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1)"
+        0.03,
+        description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1); step k of W has k/W of "
+        "learning_rate, and a longer warmup than the run is shortened",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field(
         "adamw", description="optimizer"

@@ -121,8 +121,12 @@ class RunContext(Generic[SettingsT]):
         self.resolved[key] = f"{value} ({reason})"
         return value
 
-    def check(self, *results: CheckResult) -> None:
+    def check(self, *results: CheckResult, error: type[UserError] = UserError) -> None:
         """Print and record check results; during the run they are written to run.json at once.
+
+        Args:
+            results: the results.
+            error: the class of the error.
 
         Raises:
             UserError: a check failed.
@@ -132,7 +136,7 @@ class RunContext(Generic[SettingsT]):
         self.check_results += [result.record() for result in results]
         if self.is_recording:
             self.run.update(preflight=self.check_results)
-        raise_if_failed(results)
+        raise_if_failed(results, error)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Train to the last step: resume, callbacks, checks after the first steps and after the last one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from finetune.training import checkpoints
 from finetune.training.context import RunContext
 from finetune.training.disk_plan import DiskPlan, check_run_space
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.preflight.checks import CheckResult
 from finetune.training.preflight.first_steps import FirstStepsCheck
+from finetune.training.preflight.learning_checks import check_learning, trained_checksums, unmoved_layers
 from finetune.training.preflight.weight_checks import (
     ShardingCheck,
     check_base_unchanged,
@@ -31,13 +33,17 @@ LAST_LOG_ENTRIES = 10
 """Log entries that are averaged for a metric's value at the end of training."""
 
 
-def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
+def fit(ctx: RunContext, trainer: Trainer, policy: nn.Module, spec: MetricSpec) -> Callable[[], CheckResult]:
     """Train to the last step, resuming from the newest valid checkpoint.
 
     Args:
         ctx: context of the run.
         trainer: the engine's trainer.
+        policy: the model that is saved, which the trainer trains.
         spec: the metrics of metrics.jsonl, and whether a step may have zero gradients.
+
+    Returns:
+        The check that the run has learned, for when the held-out metrics are recorded.
 
     Raises:
         Interrupted: a signal came; a checkpoint was saved.
@@ -58,6 +64,8 @@ def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys)
     _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=spec.allows_zero_gradients)
     before = frozen_checksums(trainer.model)
+    # Of the initial weights, also when training resumes: the Trainer loads the checkpoint later.
+    trained_before = trained_checksums(trainer.model, policy)
     # ZeRO-3's inference engine is destroyed before DeepSpeed wraps the model for training.
     ctx.loading_contexts.close()
 
@@ -77,6 +85,16 @@ def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
     if ctx.strategy in REPLICATED:
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
+    unmoved = unmoved_layers(trained_before, trained_checksums(trainer.model, policy))
+
+    def check() -> CheckResult:
+        # Rank 0 has the metrics file, and all ranks must agree.
+        entries = collectives.broadcast_object(ctx.run.metrics() if ctx.dist.is_main else [])
+        return check_learning(
+            trained_before, unmoved, metrics=ctx.run.record.get("metrics", {}), entries=entries
+        )
+
+    return check
 
 
 def check_disk(ctx: RunContext, model: nn.Module, args: TrainingArguments, num_steps: int) -> None:

@@ -1,8 +1,8 @@
 """The learning rate schedule of all stages and engines: linear warm-up, then linear or cosine decay.
 
-transformers' schedules begin warm-up at a rate of 0, so that the first step trains nothing, and their warm-up may
-be longer than the run. Here no step has a rate of 0: warm-up step k of W has k/W of the peak, and the decay
-reaches 0 only after the last step. Without warm-up the rates are those of transformers.
+transformers' schedules begin warm-up at a rate of 0, so that the first step trains nothing, and their warm-up
+may be longer than the run. Here no step has a rate of 0: warm-up step k of W has k/W of the peak, and the
+decay reaches 0 only after the last step. Without warm-up the rates are those of transformers.
 """
 
 import math
@@ -23,7 +23,7 @@ class SchedulePart:
     Attributes:
         index: index of the part.
         num_parts: number of parts. Each covers the same share of the schedule, however many steps it has.
-        first_part_steps: optimizer steps of the first part, of which ``warmup`` counts; None in the first part.
+        first_part_steps: optimizer steps of the first part, the unit of warm-up; None in the first part.
     """
 
     index: int = 0
@@ -95,6 +95,7 @@ class ScheduledTrainer(Trainer):  # type: ignore[misc]
     """A Trainer with this schedule; the base of the trainers of both engines."""
 
     schedule_part = COMPLETE_SCHEDULE
+    lr_scheduler: LRScheduler | None
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.errors import LibraryError
+from finetune.recipe.errors import CheckFailedError, LibraryError
 from finetune.recipe.recipe import Recipe
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
@@ -202,6 +202,7 @@ def train(ctx: "RunContext", method: Method) -> None:
 
     Raises:
         UserError: a check failed.
+        CheckFailedError: the run learned nothing; its files are kept.
         Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
@@ -242,7 +243,7 @@ def train(ctx: "RunContext", method: Method) -> None:
             evals.run(ctx.run, generate, "before")
         trainer = method.build_trainer(args, num_steps)
         record_held_out(ctx, method, trainer, "before")
-        fit(ctx, trainer, spec)
+        check_learned = fit(ctx, trainer, method.policy.model, spec)
         save_policy(ctx, method.text, method.policy, method.data.probe_rows)
         record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
@@ -250,6 +251,8 @@ def train(ctx: "RunContext", method: Method) -> None:
             evals.run(ctx.run, generate, "after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
         report_findings(ctx, spec, method.diagnose() if isinstance(method, Diagnoses) else [])
+        # Last: a run that did not learn keeps its files, samples and findings.
+        ctx.check(check_learned(), error=CheckFailedError)
 
 
 def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Finding]" = ()) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 import click
 
 from align.cli import cli
-from align.cli.exit_status import CLOSED_OUTPUT, DOES_NOT_FIT, INTERRUPTED, OUR_ERROR, USER_ERROR
+from align.cli.exit_status import (
+    CHECK_FAILED,
+    CLOSED_OUTPUT,
+    DOES_NOT_FIT,
+    INTERRUPTED,
+    OUR_ERROR,
+    USER_ERROR,
+)
 from tools.docs.markdown import code, table
 
 PROGRAM = "llm-align"
@@ -28,6 +35,7 @@ def exit_status() -> str:
         USER_ERROR: "an error in the recipe, the data, the command or a Python function of the recipe; "
         "nothing was written unless the run had started",
         DOES_NOT_FIT: "`plan`: the run does not fit in memory",
+        CHECK_FAILED: "the run trained to the end and learned nothing; its files are kept",
         INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
         CLOSED_OUTPUT: "nobody reads the output any more, as after `| head`; a run has saved a checkpoint",
     }

@@ -21,7 +21,7 @@ from finetune.training.trainer import log_held_out
 
 
 class TrlTrainerMixin(ScheduledTrainer):
-    """Our learning rate schedule and held-out metrics, and a stop at a NaN loss; before TRL's class in the MRO."""
+    """Our learning rate schedule, held-out metrics, and stop at a NaN loss; before TRL's class in the MRO."""
 
     def row_locations(self, inputs: Any) -> Sequence[str]:
         """Return the locations (``file:line``) of a micro-batch's rows, after its forward pass."""

@@ -42,11 +42,11 @@ def failed(name: str, problem: Problem) -> CheckResult:
     return CheckResult(name, problem.actual, problem)
 
 
-def raise_if_failed(results: Sequence[CheckResult]) -> None:
-    """Raise UserError with the problems of all failed checks, if any failed."""
+def raise_if_failed(results: Sequence[CheckResult], error: type[UserError] = UserError) -> None:
+    """Raise an error with the problems of all failed checks, if any failed."""
     problems = [result.problem for result in results if result.problem]
     if problems:
-        raise UserError(problems)
+        raise error(problems)
 
 
 def first_few(names: Sequence[str], shown: int = 3) -> str:

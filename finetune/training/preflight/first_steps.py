@@ -9,7 +9,7 @@ from finetune.training.preflight import gradient_checks
 from finetune.training.preflight.checks import CheckResult, first_few
 
 CHECKED_STEPS = 5
-"""Checked steps: warm-up may start at a rate of zero, and LoRA's A has a zero gradient until B has moved."""
+"""Checked steps: LoRA's A has a zero gradient until B has moved, and warm-up begins at a small rate."""
 FIRST_STEPS = "first steps"
 
 
@@ -96,13 +96,8 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report tensors without a gradient if training ended before the last checked step."""
-        if self.allows_zero_gradients and not self.num_checked:
-            self.report(
-                CheckResult(
-                    FIRST_STEPS, "all gradients were zero in every step: nothing was learned", warned=True
-                )
-            )
-        elif self.at_zero and self.num_checked < CHECKED_STEPS:
+        # With zero gradients in every step no step was checked, and the run fails: it has learned nothing.
+        if self.at_zero and self.num_checked < CHECKED_STEPS:
             zeros = f"{len(self.at_zero)} trained tensors had zero gradients"
             self.report(
                 CheckResult(

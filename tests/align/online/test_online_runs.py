@@ -1,5 +1,6 @@
 """Complete runs of RLOO and GRPO in a temporary folder."""
 
+import json
 import os
 import signal
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
-from finetune.recipe.errors import UserError
+from finetune.recipe.errors import CheckFailedError, UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
@@ -180,17 +181,15 @@ def test_several_rewards_are_logged_separately(tune, rule_file):
 
 
 @both
-def test_equal_rewards_do_not_fail_the_gradient_check(tune, stage, tmp_path):
+def test_equal_rewards_in_every_group_are_a_run_that_learned_nothing(tune, stage, tmp_path):
     (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     source = [{"function": f"{tmp_path / 'same.py'}:same"}]
-    result = tune(
-        stage, rewards__sources=source, **{f"{stage}__beta": 0.0}, data__held_out=0, evaluate__samples=0
-    )
-    assert (
-        checks_by_name(result)["first steps"]["detail"]
-        == "all gradients were zero in every step: nothing was learned"
-    )
-    assert [line["objective/frac_reward_zero_std"] for line in result.metrics] == [1.0, 1.0, 1.0]
+    settings = {f"{stage}__beta": 0.0, "data__held_out": 0, "evaluate__samples": 0}
+    with pytest.raises(CheckFailedError, match="nothing was learned: none of the") as error:
+        tune(stage, rewards__sources=source, **settings)
+    assert "every gradient was 0" in str(error.value) and "rewards that differ" in str(error.value)
+    entries = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [entry["objective/frac_reward_zero_std"] for entry in entries] == [1.0, 1.0, 1.0]
 
 
 @both

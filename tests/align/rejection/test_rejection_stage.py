@@ -85,6 +85,10 @@ def test_run_has_the_weights_of_the_last_round(uninterrupted: Result) -> None:
 def test_curves_continue_across_rounds(uninterrupted: Result) -> None:
     steps = [line["step"] for line in uninterrupted.metrics]
     assert steps == list(range(11)), "two epochs of 6 rows and of 12, 4 in a step: 4 and 6 steps"
+    rates = [line["learning_rate"] for line in uninterrupted.metrics if "learning_rate" in line]
+    # One schedule: the second round continues the decay of the first one, and no step has a rate of 0.
+    assert len(rates) == 10 and rates[0] == max(rates) and rates[-1] > 0
+    assert rates == sorted(rates, reverse=True) and rates[4] < rates[3] < rates[0]
     rewards = {
         line["step"]: line["eval/objective/reward"]
         for line in uninterrupted.metrics

@@ -64,7 +64,7 @@ def test_equal_rounds_have_the_rates_of_one_run(decay: str, warmup: float) -> No
 
 def test_rounds_of_other_lengths_continue_the_schedule() -> None:
     long, short = (factors("linear", 2, steps, SchedulePart(1, 2, 10)) for steps in (40, 2))
-    # Warm-up was in the first round; a round begins where the previous one ended, and the last one ends near 0.
+    # Warm-up was in the first round; a round begins where the last one ended, and the last one ends near 0.
     assert (
         long[0]
         == pytest.approx(short[0])
