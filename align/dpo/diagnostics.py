@@ -52,7 +52,7 @@ LARGE_KL = 2.0
 completions should become less likely, and short ones do so quickly: healthy runs reach half of this."""
 LARGE_DATA_LENGTH_RATIO = 1.2
 """Chosen to rejected tokens: above this ratio length alone separates most pairs."""
-LARGE_COMPLETION_LENGTH_RATIO = 1.3
+LARGE_COMPLETION_LENGTH_RATIO, SMALL_COMPLETION_LENGTH_RATIO = 1.3, 0.5
 """Ratio of completion lengths in words, after to before training."""
 SATURATED_ACCURACY = 0.995
 """Training accuracy in the last steps above which no pair is left to learn from."""
@@ -112,7 +112,15 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
         return None
     (first, last), (before, after) = margins, accuracies
     evidence = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
-    if last - first < MIN_MARGIN_GAIN and after - before < MIN_ACCURACY_GAIN:
+    margin_gain, accuracy_gain = last - first, after - before
+    # The margin decides, which every pair changes: accuracy counts the pairs whose sign changed.
+    if margin_gain <= -MIN_MARGIN_GAIN or (
+        accuracy_gain <= -MIN_ACCURACY_GAIN and margin_gain < MIN_MARGIN_GAIN
+    ):
+        meaning = "the policy prefers rejected over chosen completions more than before"
+        action = "lower train.learning_rate; are `chosen` and `rejected` exchanged in some rows?"
+        return Finding("learning", evidence, meaning, action)
+    if margin_gain < MIN_MARGIN_GAIN and accuracy_gain < MIN_ACCURACY_GAIN:
         action = "raise train.learning_rate, or train longer"
         return Finding("learning", evidence, "almost nothing was learned", action)
     return Finding(
@@ -125,6 +133,12 @@ def _generalization(inputs: DiagnosticInputs) -> Finding | None:
     if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= MIN_LOSS_INCREASE * abs(losses[0]):
         return None
     evidence = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
+    training = [inputs.metrics.get(f"loss_{when}") for when in ("before", "after")]
+    if training[0] is not None and training[1] is not None and training[1] > training[0]:
+        meaning = (
+            f"it increased in training too ({training[0]:.4f} → {training[1]:.4f}): updates are too large"
+        )
+        return Finding("unseen pairs", evidence, meaning, "lower train.learning_rate")
     meaning = "held-out loss increased: the policy is more confident where it is wrong (overfitting)"
     return Finding(
         "unseen pairs", evidence, meaning, "lower train.learning_rate, fewer train.epochs, or more pairs"
@@ -138,7 +152,11 @@ def _chosen_logp_drop(inputs: DiagnosticInputs) -> Finding | None:
     evidence = f"log-probability per token: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats"
     if chosen >= -MAX_CHOSEN_DROP:
         return Finding("likelihood", evidence, "chosen completions are as likely as before, or more")
-    meaning = "chosen completions became less likely, by more per token than rejected ones"
+    if rejected > 0:
+        meaning = "chosen completions became less likely, and rejected ones more likely"
+        action = "lower train.learning_rate; are `chosen` and `rejected` exchanged in some rows?"
+        return Finding("likelihood", evidence, meaning, action)
+    meaning = "both became less likely, chosen ones by more per token"
     if rejected < chosen:
         meaning = (
             "both became less likely, rejected ones more: probability mass moved to text outside the data"
@@ -164,7 +182,7 @@ def _large_kl(inputs: DiagnosticInputs) -> Finding | None:
         "far from the reference: other abilities may be lost",
     )
     return Finding(
-        "distance", evidence, meaning, "raise dpo.loss.beta, lower train.learning_rate, or train.epochs=1"
+        "distance", evidence, meaning, "raise dpo.loss.beta, lower train.learning_rate, or fewer train.epochs"
     )
 
 
@@ -203,7 +221,13 @@ def _length_growth(inputs: DiagnosticInputs) -> Finding | None:
     if growth > LARGE_COMPLETION_LENGTH_RATIO:
         action = "look at samples.jsonl: do completions still end with EOS? raise dpo.loss.beta"
         return Finding("length", evidence, "completions grew longer, but not because of the data", action)
-    if inputs.length_ratio > LARGE_DATA_LENGTH_RATIO:
+    if growth < SMALL_COMPLETION_LENGTH_RATIO:
+        meaning = "completions grew shorter"
+        if inputs.length_ratio < 1:
+            meaning = "the policy learned that shorter is better"
+        action = "raise dpo.loss.beta; dpo.loss=simpo is length-normalized"
+        return Finding("length", evidence, meaning, action)
+    if not 1 / LARGE_DATA_LENGTH_RATIO <= inputs.length_ratio <= LARGE_DATA_LENGTH_RATIO:
         action = "watch completion length; dpo.loss=simpo is length-normalized"
         return Finding("length", evidence, "length alone separates most pairs", action)
     return None

@@ -1,5 +1,6 @@
 """RLOO and GRPO as a method: rewards of groups of the policy's own completions, on TRL's trainers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.online.settings import GRPOSettings, OnlineSettings, RLOOSettings
 from align.preference.reference_policy import ReferencePolicy
 from align.reward.shared_base import base_for_scorers, untie_trained_weights
 from align.rl.completions import check_rewards
+from align.rl.first_completions import check_endings
 from align.rl.prompts import PreparedPrompts, load_prompts
 from align.rl.rewards.loading import load_rewards, rewards_record
 from align.rl.rewards.rewards import Rewards
@@ -108,7 +110,7 @@ class OnlineRL:
         trainer = TRAINERS[settings.TRL_CONFIG](
             self.policy.model,
             args,
-            TRLRewardFunction(self.rewards, prompts, self.text.encoder),
+            TRLRewardFunction(self.rewards, prompts, self.text.encoder, self._check_endings),
             order=prompt_order(
                 prompts.lengths,
                 count=num_steps * prompts_per_step,
@@ -127,6 +129,10 @@ class OnlineRL:
                 )
             )
         return trainer
+
+    def _check_endings(self, ended_with_eos: Sequence[bool]) -> None:
+        """Report if almost none of the first completions ends."""
+        self.ctx.check(*check_endings(ended_with_eos, self.ctx.settings.sampling.max_new_tokens))
 
     def _sampling_parameters(self) -> Sampling:
         device, stop_ids = self.ctx.hardware.device, self.text.encoder.stop_ids

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from align.ppo.settings import Settings
+from align.ppo.settings import PPOSettings, Settings
+from align.rl.first_completions import MIN_EOS_RATE
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
@@ -63,6 +64,10 @@ NEGATIVE_KL = -0.05
 LARGE_CLIP_FRAC = 0.3
 """Clip fraction above which most of a rollout's updates have no effect."""
 LARGE_LENGTH_RATIO, SMALL_LENGTH_RATIO = 1.5, 0.5
+MAX_PERPLEXITY_RATIO = 3.0
+MAX_EOS_RATE_DROP = 0.1
+MAX_ENTROPY_RATIO = 2.0
+"""Growth of the entropy from which the policy forgets what it knew; a slight growth is none."""
 MIN_EXPLAINED_VARIANCE = 0.0
 
 
@@ -88,14 +93,17 @@ def ppo_metric_spec(settings: Settings) -> MetricSpec:
     )
 
 
-def diagnose_ppo(metrics: RunMetrics, completions: Sequence[tuple[str, str]]) -> list[Finding]:
+def diagnose_ppo(
+    metrics: RunMetrics, completions: Sequence[tuple[str, str]], ppo: PPOSettings
+) -> list[Finding]:
     """Return the findings of a run, most important first.
 
     Args:
         metrics: the metrics of run.json.
         completions: pairs of completions of the same prompt, before and after training.
+        ppo: the recipe's hyperparameters, for the advice.
     """
-    findings = [diagnostic(metrics) for diagnostic in PPO_DIAGNOSTICS]
+    findings = [diagnostic(metrics, ppo) for diagnostic in PPO_DIAGNOSTICS]
     findings.append(
         repetition_finding(completions, "raise ppo.kl_coef, lower train.learning_rate, or train shorter")
     )
@@ -110,19 +118,22 @@ def _before_and_after(metrics: RunMetrics, metric: str) -> tuple[float, float] |
     return metrics[keys[0]], metrics[keys[1]]
 
 
-def _reward_gain(metrics: RunMetrics) -> Finding | None:
+def _reward_gain(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     reward = _before_and_after(metrics, "objective/reward")
     if reward is None:
         return None
     before, after = reward
     evidence = f"held-out {before:.3f} → {after:.3f}"
+    if after - before <= -MIN_REWARD_GAIN:
+        action = "lower train.learning_rate or ppo.ppo_epochs"
+        return Finding("reward", evidence, "the policy earns a lower reward: updates are too large", action)
     if after - before < MIN_REWARD_GAIN:
         action = "raise train.learning_rate, lower ppo.kl_coef, or train longer"
         return Finding("reward", evidence, "almost nothing was learned", action)
     return Finding("reward", evidence, "the policy earns a higher reward")
 
 
-def _grader_change(metrics: RunMetrics) -> Finding | None:
+def _grader_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     names = [
         name
         for name in metrics
@@ -144,7 +155,7 @@ def _grader_change(metrics: RunMetrics) -> Finding | None:
     return Finding("graders", evidence, "graders outside the reward changed little")
 
 
-def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
+def _kl_to_reference(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     kl = _before_and_after(metrics, "objective/kl_per_completion")
     if kl is None:
         return None
@@ -160,18 +171,19 @@ def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
     return Finding("KL", evidence, "small enough for a reward model to be reliable")
 
 
-def _reference_perplexity(metrics: RunMetrics) -> Finding | None:
+def _reference_perplexity(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     perplexity = _before_and_after(metrics, "val/ref_perplexity")
     if perplexity is None:
         return None
     before, after = perplexity
     evidence = f"perplexity of completions under the reference {before:.2f} → {after:.2f}"
-    if after > 3 * before:
+    if after > MAX_PERPLEXITY_RATIO * before:
         return Finding("fluency", evidence, "unlikely text under the reference", "raise ppo.kl_coef")
-    return Finding("fluency", evidence, "likely text under the reference")
+    change = "less likely than before, within bounds" if after > before else "as likely as before, or more"
+    return Finding("fluency", evidence, f"text under the reference is {change}")
 
 
-def _length_change(metrics: RunMetrics) -> Finding | None:
+def _length_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     length, eos_rate = (
         _before_and_after(metrics, "val/completion_length"),
         _before_and_after(metrics, "val/eos_rate"),
@@ -180,9 +192,11 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
         return None
     before, after = length
     evidence = f"{before:.1f} → {after:.1f} tokens, {eos_rate[0]:.0%} → {eos_rate[1]:.0%} end with EOS"
-    if eos_rate[1] < eos_rate[0] - 0.1:
-        action = "ppo.missing_eos_reward=-1 (or lower), or raise sampling.max_new_tokens"
-        return Finding("length", evidence, "fewer completions end with EOS", action)
+    if eos_rate[1] < eos_rate[0] - MAX_EOS_RATE_DROP:
+        return Finding("length", evidence, "fewer completions end with EOS", _missing_eos_action(ppo))
+    if eos_rate[1] < MIN_EOS_RATE:
+        action = "raise sampling.max_new_tokens, or start from a model that ends its replies"
+        return Finding("length", evidence, "almost no completion ends with EOS", action)
     if after > LARGE_LENGTH_RATIO * before:
         return Finding(
             "length",
@@ -196,7 +210,14 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
     return Finding("length", evidence, "about as long as before")
 
 
-def _diversity(metrics: RunMetrics) -> Finding | None:
+def _missing_eos_action(ppo: PPOSettings) -> str:
+    below = "below every reward of a completion that ends (line `missing EOS` at the start)"
+    if ppo.missing_eos_reward is None:
+        return f"set ppo.missing_eos_reward {below}"
+    return f"lower ppo.missing_eos_reward ({ppo.missing_eos_reward:g}) {below}"
+
+
+def _diversity(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     entropy, unique_fraction = (
         _before_and_after(metrics, "policy/entropy"),
         _before_and_after(metrics, "val/unique_fraction"),
@@ -210,12 +231,15 @@ def _diversity(metrics: RunMetrics) -> Finding | None:
     if unique_fraction[1] < 0.5 * unique_fraction[0]:
         meaning = "the policy samples the same completions again and again (mode collapse)"
         return Finding("diversity", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.01")
+    if entropy[1] > MAX_ENTROPY_RATIO * entropy[0]:
+        action = "lower ppo.entropy_coef" if ppo.entropy_coef else "lower train.learning_rate"
+        return Finding("diversity", evidence, "the policy became random", action)
     return Finding(
         "diversity", evidence, "lower, as expected in RL" if entropy[1] < entropy[0] else "not lower"
     )
 
 
-def _update_health(metrics: RunMetrics) -> Finding | None:
+def _update_health(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     clip_frac, explained_variance = (
         metrics.get("policy/clip_frac_after"),
         metrics.get("value/explained_variance_after"),
@@ -233,7 +257,7 @@ def _update_health(metrics: RunMetrics) -> Finding | None:
     return Finding("updates", evidence, "updates within bounds, and the value model predicts the returns")
 
 
-PPO_DIAGNOSTICS: tuple[Callable[[RunMetrics], Finding | None], ...] = (
+PPO_DIAGNOSTICS: tuple[Callable[[RunMetrics, PPOSettings], Finding | None], ...] = (
     _reward_gain,
     _grader_change,
     _kl_to_reference,

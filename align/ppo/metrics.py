@@ -10,6 +10,7 @@ from align.ppo.experience import Rollouts
 from align.ppo.rollout_order import EVAL_ROLLOUT_INDEX, sampling_seed
 from align.ppo.settings import Settings
 from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics
+from align.rl.first_completions import check_endings, check_missing_eos_reward
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
 from align.rl.prompts import Prompt
@@ -27,6 +28,17 @@ TokenTotals = tuple[int, dict[str, float]]
 RATIO_CHECK = "ratio"
 RATIO_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 """Tolerance of the first ratios by precision: kernels with and without gradients may round differently."""
+
+
+def check_first_rollout(
+    ctx: RunContext[Settings], completions: ScoredCompletions, rewards_C: torch.Tensor
+) -> None:
+    """Report whether the first completions end, and whether never ending is worth less than any ending."""
+    settings, ended_C = ctx.settings, completions.ended_with_eos
+    ctx.check(
+        *check_endings(ended_C.tolist(), settings.sampling.max_new_tokens),
+        *check_missing_eos_reward(rewards_C, ended_C, settings.ppo.missing_eos_reward),
+    )
 
 
 def value_metrics(

@@ -20,7 +20,7 @@ from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
 from align.ppo.rollout_order import rollout_minibatches, rollout_prompt_indices, sampling_seed
 from align.ppo.settings import PPOSettings
 from align.ppo.state import PPOState, PPOStateCallback
-from align.rl.completions import completion_metrics, kl_metrics
+from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard
@@ -43,6 +43,7 @@ class PPOTrainer(BaseTrainer):
         rollouts: Rollouts,
         pretraining: PretrainingMix | None,
         held_out: metrics.HeldOutEvaluation | None,
+        check_first_rollout: Callable[[ScoredCompletions, Tensor], None],
         check_initial_ratio: Callable[[float], None],
     ) -> None:
         """Set up the trainer.
@@ -57,12 +58,14 @@ class PPOTrainer(BaseTrainer):
             rollouts: samples and scores completions.
             pretraining: rows of PPO-ptx, if any.
             held_out: evaluates on held-out prompts, if there are any.
+            check_first_rollout: receives the completions of the first rollout and their shaped rewards (C,).
             check_initial_ratio: receives the largest difference from 1 of a rollout's first ratios.
         """
         super().__init__(model, args, data, hooks=hooks)
         self.prompts = data.train
         self.ppo, self.ppo_state, self.rollouts = ppo, ppo_state, rollouts
-        self.pretraining, self.held_out, self.check_initial_ratio = pretraining, held_out, check_initial_ratio
+        self.pretraining, self.held_out = pretraining, held_out
+        self.check_first_rollout, self.check_initial_ratio = check_first_rollout, check_initial_ratio
         # Emptied whenever they are logged.
         self.token_metrics = metrics.TokenMetricAverager()
         # Before the recorder, which writes the checksums of a checkpoint's files.
@@ -114,6 +117,8 @@ class PPOTrainer(BaseTrainer):
             completions, [indices for minibatch in first_epoch for indices in minibatch]
         )
         rewards_C = shape_rewards(completions, ppo, state.reward_stats)
+        if index == 0:
+            self.check_first_rollout(completions, rewards_C)
         kl_coef = state.kl_controller.kl_coef
         tensors = advantages_and_returns(stats, rewards_C, completions.lengths, kl_coef=kl_coef, settings=ppo)
         rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)

@@ -13,14 +13,18 @@ from data_templates.segments import Message
 from finetune.training.generation_eval import Grader, mean_grade
 from finetune.training.metric_specs import Diagnostics, MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
+from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import METRICS, SELECTED, RunDirectory
 from finetune.training.samples import prompt_text
 
+MAX_EQUAL_REWARD_FRACTION = 0.5
+"""Fraction of prompts with equal rewards from which the selection is mostly arbitrary."""
 ROUND_COLUMNS = {
     "prompts": ("prompts", ",d"),
     "completions": ("completions", ",d"),
     "val/eos_rate": ("EOS rate", ".1%"),
     "objective/reward": ("mean reward", ".3f"),
+    "objective/frac_reward_zero_std": ("prompts with equal rewards", ".0%"),
     "chosen": ("selected", ",d"),
     "objective/chosen_reward": ("mean reward of selected", ".3f"),
     "rows": ("training rows", ",d"),
@@ -81,12 +85,30 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
     return Diagnostics(tables={"Rounds": rows})
 
 
+def equal_reward_fraction(candidates: Sequence[Candidate]) -> float:
+    """Return the fraction of prompts whose completions all have the same reward."""
+    rewards: dict[int, set[float]] = {}
+    for candidate in candidates:
+        rewards.setdefault(candidate.prompt_index, set()).add(candidate.reward)
+    return float(np.mean([len(values) == 1 for values in rewards.values()]))
+
+
+def check_equal_rewards(fraction: float) -> list[CheckResult]:
+    """Return a warning if most prompts have equal rewards for all of their completions; empty otherwise."""
+    if fraction < MAX_EQUAL_REWARD_FRACTION:
+        return []
+    detail = f"all completions of {fraction:.0%} of the prompts have equal rewards: the first one is selected"
+    repair = "a finer reward, or raise sampling.temperature or rejection.num_generations"
+    return [CheckResult("equal rewards", f"{detail}; {repair}", warned=True)]
+
+
 def round_metrics(candidates: Sequence[Candidate], selected: Sequence[Candidate]) -> dict[str, Any]:
     """Return a round's metrics: of all its completions and of the selected ones."""
     return {
         "completions": len(candidates),
         "val/eos_rate": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
         "objective/reward": float(np.mean([candidate.reward for candidate in candidates])),
+        "objective/frac_reward_zero_std": equal_reward_fraction(candidates),
         "chosen": len(selected),
         "objective/chosen_reward": float(np.mean([candidate.reward for candidate in selected])),
     }

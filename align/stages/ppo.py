@@ -127,7 +127,7 @@ class PPO:
         """Return the trainer; the reference is the policy as it is now, before a checkpoint is loaded."""
         from align.ppo.actor_critic import actor_critic_hooks
         from align.ppo.experience import Rollouts
-        from align.ppo.metrics import check_initial_ratio
+        from align.ppo.metrics import check_first_rollout, check_initial_ratio
         from align.ppo.state import PPOState
         from align.ppo.stop_rule import RewardHackingStop
         from align.ppo.trainer import PPOTrainer
@@ -158,6 +158,7 @@ class PPO:
             rollouts=rollouts,
             pretraining=self.pretraining,
             held_out=self._held_out_evaluation(rollouts),
+            check_first_rollout=partial(check_first_rollout, ctx),
             check_initial_ratio=partial(check_initial_ratio, ctx, self.policy.precision),
         )
         trainer.add_callback(RewardHackingStop(ctx, ppo_state))
@@ -169,7 +170,7 @@ class PPO:
 
         run = self.ctx.run
         completions = [(entry["before"], entry["after"]) for entry in run.samples()]
-        return diagnose_ppo(run.record["metrics"], completions)
+        return diagnose_ppo(run.record["metrics"], completions, self.ctx.settings.ppo)
 
     def _held_out_evaluation(self, rollouts: Rollouts) -> HeldOutEvaluation | None:
         from align.ppo.metrics import HeldOutEvaluation

@@ -227,7 +227,8 @@ class RejectionSampling:
 
     def _record_round(self, round_index: int, candidates: Sequence[Candidate], *, num_rows: int) -> None:
         """Log what a round sampled and selected, and add it to run.json."""
-        from align.rejection.diagnostics import round_metrics
+        from align.rejection.diagnostics import check_equal_rewards, round_metrics
+        from align.rl.first_completions import check_endings
 
         entry = {
             "prompts": len(self._round_prompts(round_index)),
@@ -238,6 +239,13 @@ class RejectionSampling:
             f"round {round_index}: mean reward {entry['objective/reward']:.3f} "
             f"over {entry['completions']} completions, {entry['objective/chosen_reward']:.3f} "
             f"over the {entry['chosen']} selected; EOS rate {entry['val/eos_rate']:.1%}"
+        )
+        self.ctx.check(
+            *check_endings(
+                [candidate.ended_with_eos for candidate in candidates],
+                self.ctx.settings.sampling.max_new_tokens,
+            ),
+            *check_equal_rewards(entry["objective/frac_reward_zero_std"]),
         )
         # `update` merges one level deep, and a resumed round has entries already.
         recorded = self.ctx.run.record.get("rounds", {}).get(str(round_index), {})

@@ -253,8 +253,8 @@ class TrainSettings(Section):
     )
     warmup: NonNegativeInt | Fraction = Field(
         0.03,
-        description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1); step k of W has k/W of "
-        "learning_rate, and a longer warmup than the run is shortened",
+        description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1); step k of W has k/W "
+        "of learning_rate; at most the steps of the run",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field(
         "adamw", description="optimizer"

@@ -21,6 +21,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from align.engines.trl.preference import REFERENCE_ADAPTER, ROUNDING_TOLERANCE, progress_bars_disabled
 from align.online.evaluation import score_tokens
+from align.rl.first_completions import ends_with_stop_token
 from align.rl.prompts import Prompt, Prompts
 from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import Sampling, sample_completions
@@ -116,10 +117,18 @@ class RenameOnlineMetrics(Trainer):  # type: ignore[misc]
 class TRLRewardFunction:
     """Adapts our rewards to TRL's reward function; remembers the locations of the last batch's prompts."""
 
-    def __init__(self, rewards: Rewards, prompts: Prompts, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        rewards: Rewards,
+        prompts: Prompts,
+        encoder: Encoder,
+        check_first: Callable[[Sequence[bool]], None],
+    ) -> None:
+        """Bind the rewards; ``check_first`` receives whether each of the first completions ends with EOS."""
         self.rewards = rewards
         self.prompts = prompts
         self.encoder = encoder
+        self.check_first: Callable[[Sequence[bool]], None] | None = check_first
         self.locations: list[str] = []
 
     def reward(
@@ -135,6 +144,9 @@ class TRLRewardFunction:
             UserError: a reward function failed on a completion.
             NotFiniteError: a reward is NaN or infinite.
         """
+        if self.check_first is not None:
+            self.check_first(ends_with_stop_token(completion_ids, self.encoder.stop_ids))
+            self.check_first = None
         # The text of a prompt is its index (`PromptIdTokenizer`).
         rows = [self.prompts[int(index)] for index in prompts]
         self.locations = [prompt.location for prompt in rows]

@@ -78,6 +78,56 @@ def test_pain_15_each_problem_has_a_finding(name: str) -> None:
     assert found[name] != findings_by_name().get(name), "a healthy run has another finding"
 
 
+MARGINS = {"eval/rewards/margins_before": 1.0}
+ACCURACIES = {"eval/rewards/accuracies_before": 0.72}
+LOSS = {"eval/loss_before": 0.5, "eval/loss_after": 0.8}
+FALLEN = {"eval/logps/chosen_before": -1.0, "eval/logps/chosen_after": -1.3}
+NOTHING, LOWER, RAISE = "almost nothing was learned", "lower train.learning_rate", "raise train.learning_rate"
+SHORT = [("one two three four five six", "one")]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "meaning", "action"),
+    [
+        ("learning", MARGINS | {"eval/rewards/margins_after": 1.5}, "prefers chosen over rejected", ""),
+        ("learning", MARGINS | ACCURACIES | {"eval/rewards/margins_after": 1.01}, NOTHING, RAISE),
+        ("learning", MARGINS | ACCURACIES | {"eval/rewards/margins_after": 0.99}, NOTHING, RAISE),
+        ("learning", MARGINS | {"eval/rewards/margins_after": 0.2}, "prefers rejected over chosen", LOWER),
+        (
+            "learning",
+            MARGINS | {"eval/rewards/margins_after": 1.0, "eval/rewards/accuracies_after": 0.2},
+            "prefers rejected over chosen",
+            LOWER,
+        ),
+        ("unseen pairs", LOSS | {"loss_before": 0.7, "loss_after": 0.1}, "overfitting", "fewer train.epochs"),
+        ("unseen pairs", LOSS | {"loss_before": 0.1, "loss_after": 0.7}, "updates are too large", LOWER),
+        (
+            "likelihood",
+            FALLEN | {"eval/logps/rejected_after": -1.1},
+            "both became less likely, chosen",
+            "rpo",
+        ),
+        ("likelihood", FALLEN | {"eval/logps/rejected_after": -2.0}, "rejected ones more: prob", "rpo"),
+        ("likelihood", FALLEN | {"eval/logps/rejected_after": -0.5}, "and rejected ones more likely", LOWER),
+        ("likelihood", {"eval/logps/chosen_after": -0.5}, "as likely as before, or more", ""),
+        ("length", {"completions": SHORT, "ratio": 1.0}, "completions grew shorter", "beta"),
+        ("length", {"completions": SHORT, "ratio": 0.7}, "learned that shorter is better", "simpo"),
+        ("length", {"ratio": 0.7}, "length alone separates most pairs", "simpo"),
+        ("length", {"ratio": 1.5}, "length alone separates most pairs", "simpo"),
+    ],
+)
+def test_the_advice_follows_the_sign_of_the_change(
+    name: str, changed: dict[str, Any], meaning: str, action: str
+) -> None:
+    finding = findings_by_name(**changed)[name]
+    assert meaning in finding.meaning and action in finding.action
+    assert bool(finding.action) == bool(action)
+
+
+def test_falling_losses_are_no_finding() -> None:
+    assert "unseen pairs" not in findings_by_name(**{"eval/loss_before": 0.8, "eval/loss_after": 0.5})
+
+
 def test_pain_15_length_growth_is_attributed_to_the_data() -> None:
     grown = [("one two three", "one two three four five six")]
     assert "learned that longer is better" in findings_by_name(grown, ratio=1.1)["length"].meaning

@@ -76,7 +76,7 @@ def known_reward_function():
     encoder = SimpleNamespace(
         tokenizer=NumberTokenizer(), stop_ids=[STOP], decode_reply=lambda ids: " ".join(map(str, ids))
     )
-    return TRLRewardFunction(KnownRewards(), PROMPTS, encoder)
+    return TRLRewardFunction(KnownRewards(), PROMPTS, encoder, lambda ended_with_eos: None)
 
 
 def make_trainer(config, folder, **overrides):

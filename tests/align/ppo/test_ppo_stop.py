@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align.ppo.diagnostics import diagnose_ppo
-from align.ppo.settings import Settings, StopSettings
+from align.ppo.settings import PPOSettings, Settings, StopSettings
 from align.ppo.stop_rule import RewardHackingStop, over_optimization_reason, stop_reason
 
 FIRST = {
@@ -144,7 +144,7 @@ COMPLETION_PAIRS = [("one two", "three four"), ("five", "six")]
 
 def test_repetition_is_reported() -> None:
     repetitive = "he was very happy. " * 3
-    [finding] = diagnose_ppo({}, [("one two", repetitive), ("five", repetitive)])
+    [finding] = diagnose_ppo({}, [("one two", repetitive), ("five", repetitive)], PPOSettings())
     assert (
         finding.name == "repetition"
         and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in finding.evidence
@@ -153,7 +153,9 @@ def test_repetition_is_reported() -> None:
 
 
 def test_healthy_run_has_no_action() -> None:
-    findings_by_name = {finding.name: finding for finding in diagnose_ppo(HEALTHY, COMPLETION_PAIRS)}
+    findings_by_name = {
+        finding.name: finding for finding in diagnose_ppo(HEALTHY, COMPLETION_PAIRS, PPOSettings())
+    }
     assert list(findings_by_name) == ["reward", "graders", "KL", "fluency", "length", "diversity", "updates"]
     assert not any(finding.action for finding in findings_by_name.values())
     assert "0.300 → 0.900" in findings_by_name["graders"].evidence
@@ -162,23 +164,66 @@ def test_healthy_run_has_no_action() -> None:
 @pytest.mark.parametrize(
     ("changed", "name", "action"),
     [
-        (before_and_after(reward=(0.0, 0.0)), "reward", "learning_rate"),
+        (before_and_after(reward=(0.0, 0.0)), "reward", "raise train.learning_rate"),
+        (before_and_after(reward=(0.0, -0.019)), "reward", "raise train.learning_rate"),
+        (before_and_after(reward=(0.0, -3.0)), "reward", "lower train.learning_rate"),
         (before_and_after(gold_end=(0.9, 0.3)), "graders", "kl_coef"),
         (before_and_after(kl=(0.0, -1.0)), "KL", "bug"),
         (before_and_after(kl=(0.0, 60.0)), "KL", "adaptive_kl_target"),
         (before_and_after(perplexity=(2.0, 9.0)), "fluency", "kl_coef"),
         (before_and_after(length=(20.0, 60.0)), "length", "length_penalty"),
         (before_and_after(length=(20.0, 5.0)), "length", "kl_coef"),
-        (before_and_after(ends=(1.0, 0.5)), "length", "missing_eos_reward"),
+        (before_and_after(ends=(1.0, 0.5)), "length", "lower ppo.missing_eos_reward (-1) below every reward"),
+        (before_and_after(ends=(0.05, 0.0)), "length", "raise sampling.max_new_tokens"),
+        (before_and_after(entropy=(1.0, 2.5)), "diversity", "lower train.learning_rate"),
         (before_and_after(distinct=(1.0, 0.2)), "diversity", "entropy_coef"),
         ({"policy/clip_frac_after": 0.6}, "updates", "learning_rate"),
         ({"value/explained_variance_after": -0.4}, "updates", "value_coef"),
     ],
 )
 def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], name: str, action: str) -> None:
-    warned = [finding for finding in diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS) if finding.action]
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings())
+    warned = [finding for finding in findings if finding.action]
     assert [finding.name for finding in warned] == [name] and action in warned[0].action
 
 
+@pytest.mark.parametrize(
+    ("changed", "name", "meaning"),
+    [
+        (before_and_after(reward=(0.0, 0.5)), "reward", "a higher reward"),
+        (before_and_after(reward=(0.5, 0.0)), "reward", "a lower reward: updates are too large"),
+        (before_and_after(gold_end=(0.3, 0.9)), "graders", "score completions higher"),
+        (before_and_after(gold_end=(0.9, 0.3)), "graders", "scores completions lower"),
+        (before_and_after(gold_end=(0.9, 0.88)), "graders", "changed little"),
+        (before_and_after(perplexity=(2.0, 2.5)), "fluency", "less likely than before, within bounds"),
+        (before_and_after(perplexity=(2.0, 1.5)), "fluency", "as likely as before, or more"),
+        (before_and_after(perplexity=(2.0, 9.0)), "fluency", "unlikely text"),
+        (before_and_after(length=(20.0, 60.0)), "length", "longer"),
+        (before_and_after(length=(60.0, 20.0)), "length", "much shorter"),
+        (before_and_after(ends=(0.5, 1.0)), "length", "about as long as before"),
+        (before_and_after(ends=(1.0, 0.5)), "length", "fewer completions end with EOS"),
+        (before_and_after(entropy=(1.0, 0.6)), "diversity", "lower, as expected in RL"),
+        (before_and_after(entropy=(1.0, 1.2)), "diversity", "not lower"),
+        (before_and_after(entropy=(1.0, 2.5)), "diversity", "the policy became random"),
+    ],
+)
+def test_the_meaning_follows_the_sign_of_the_change(
+    changed: dict[str, float], name: str, meaning: str
+) -> None:
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings())
+    [finding] = [finding for finding in findings if finding.name == name]
+    assert meaning in finding.meaning
+
+
+def test_the_advice_depends_on_the_settings() -> None:
+    changed = before_and_after(ends=(1.0, 0.5), entropy=(1.0, 2.5))
+    findings = diagnose_ppo(
+        HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(missing_eos_reward=None, entropy_coef=0.01)
+    )
+    actions = {finding.name: finding.action for finding in findings}
+    assert actions["length"].startswith("set ppo.missing_eos_reward below every reward")
+    assert actions["diversity"] == "lower ppo.entropy_coef"
+
+
 def test_no_findings_without_metrics() -> None:
-    assert diagnose_ppo({}, []) == []
+    assert diagnose_ppo({}, [], PPOSettings()) == []
