@@ -191,7 +191,7 @@ def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], na
     ("changed", "name", "meaning"),
     [
         (before_and_after(reward=(0.0, 0.5)), "reward", "a higher reward"),
-        (before_and_after(reward=(0.5, 0.0)), "reward", "a lower reward: updates are too large"),
+        (before_and_after(reward=(0.5, 0.0)), "reward", "a lower reward than before"),
         (before_and_after(gold_end=(0.3, 0.9)), "graders", "score completions higher"),
         (before_and_after(gold_end=(0.9, 0.3)), "graders", "scores completions lower"),
         (before_and_after(gold_end=(0.9, 0.88)), "graders", "changed little"),
