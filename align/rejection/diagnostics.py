@@ -94,7 +94,7 @@ def equal_reward_fraction(candidates: Sequence[Candidate]) -> float:
 
 
 def check_equal_rewards(fraction: float) -> list[CheckResult]:
-    """Return a warning if most prompts have equal rewards for all of their completions; empty otherwise."""
+    """Check that the rewards of most prompts differ between completions; empty if so, else a warning."""
     if fraction < MAX_EQUAL_REWARD_FRACTION:
         return []
     detail = f"all completions of {fraction:.0%} of the prompts have equal rewards: the first one is selected"

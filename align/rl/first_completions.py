@@ -12,7 +12,7 @@ MIN_EOS_RATE = 0.1
 
 
 def check_endings(ended_with_eos: Sequence[bool], max_new_tokens: int) -> list[CheckResult]:
-    """Return a warning if almost no completion ends with EOS; empty otherwise."""
+    """Check that the first completions end with EOS; empty if they do, a warning if almost none does."""
     num_ended, total = sum(ended_with_eos), len(ended_with_eos)
     if not total or num_ended >= MIN_EOS_RATE * total:
         return []
@@ -24,7 +24,7 @@ def check_endings(ended_with_eos: Sequence[bool], max_new_tokens: int) -> list[C
 def check_missing_eos_reward(
     rewards_C: Tensor, ended_with_eos_C: Tensor, missing_eos_reward: float | None
 ) -> list[CheckResult]:
-    """Check that never ending is worth less than any ending; empty if that is not measured.
+    """Check that never ending is worth less than any ending, on the first rollout; empty if none ends.
 
     Args:
         rewards_C: (C,) the rewards that are maximized.

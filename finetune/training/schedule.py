@@ -113,7 +113,7 @@ class ScheduledTrainer(Trainer):  # type: ignore[misc]
 
 
 def check_warmup(warmup: float, num_steps: int, part: SchedulePart = COMPLETE_SCHEDULE) -> list[CheckResult]:
-    """Return a warning if warm-up is longer than the run, which shortens it; empty otherwise.
+    """Check that warm-up is not longer than the run, which shortens it; empty if it is not.
 
     Args:
         warmup: steps, or a fraction of all steps (below 1).

@@ -11,9 +11,15 @@ ROOT = Path(__file__).parents[2]
 FILES = (
     *sorted((ROOT / "finetune/training/preflight").glob("*.py")),
     *sorted((ROOT / "align").rglob("*preflight*.py")),
-    *(ROOT / "align" / name for name in ("rl/rewards/rewards.py", "ppo/metrics.py")),
-    *(ROOT / "align" / name for name in ("preference/rows/row_checks.py", "engines/trl/dpo.py")),
-    *(ROOT / "finetune/training" / name for name in ("stage.py", "save.py")),
+    *(
+        ROOT / "align" / name
+        for name in ("rl/rewards/rewards.py", "rl/first_completions.py", "ppo/metrics.py")
+    ),
+    *(
+        ROOT / "align" / name
+        for name in ("preference/rows/row_checks.py", "engines/trl/dpo.py", "rejection/diagnostics.py")
+    ),
+    *(ROOT / "finetune/training" / name for name in ("stage.py", "save.py", "schedule.py")),
 )
 RESULTS = ("CheckResult", "failed", "_check_agreement")
 """Calls whose first argument is the check's name on the terminal."""
