@@ -21,8 +21,8 @@ UNEVEN: dict[str, Any] = {
     "train__batch_size": 5,
     "train__micro_batch_size": 2,
     "train__max_steps": 10,
-    # Adam's first step has the sign of the gradient: at the full rate it amplifies rounding.
-    "train__warmup": 6,
+    # A low rate: rounding differs between numbers of processes, and a high one amplifies it.
+    "train__learning_rate": 1e-3,
 }
 """42 rows: an odd batch, and a last one of two rows, so that ranks have shards of unequal size."""
 
