@@ -42,7 +42,7 @@ BEFORE = [
     "gradient",
     "accumulation",
 ]
-AFTER = ["first steps", "base", "saved"]
+AFTER = ["first steps", "base", "saved", "learning"]
 QUICK = {"evaluate__samples": 0, "data__cache": False}
 
 
@@ -300,7 +300,7 @@ def test_preflight_does_not_change_the_run(tune: Tune, monkeypatch, engine: str,
     unchecked = tune("unchecked", **settings)
     assert checked.record["files"].values() and checked.record["files"] == unchecked.record["files"]
     assert checked.metrics == unchecked.metrics
-    assert len(unchecked.record["preflight"]) == 2 < len(checked.record["preflight"])
+    assert len(unchecked.record["preflight"]) == 3 < len(checked.record["preflight"])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
