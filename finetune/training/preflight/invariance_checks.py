@@ -188,6 +188,7 @@ def check_packing_isolation(
 def _packing_result(
     num_rows: int, leak: float, allowed: float, difference: float, bound: float
 ) -> CheckResult:
+    """Check that packed rows do not see each other, and have the logits of rows alone."""
     unit = "of the logits' standard deviation"
     repair = "data.packing=false (rows are batched by length anyway), or model.attention=sdpa"
     if leak > allowed:
