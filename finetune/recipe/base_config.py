@@ -218,12 +218,16 @@ def _unknown_base(base: str, base_id: str, revision: str | None) -> Problem:
     return Problem("model.base", text, expected, f"hf download {base_id} config.json{option}   (no weights)")
 
 
+def _damaged_config(actual: str) -> Problem:
+    return Problem("model.base", actual, "the JSON of a config.json", "download or save the model again")
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     # ValueError: not UTF-8, not JSON, or a number of thousands of digits; RecursionError: deep nesting.
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(Problem("model.base", f"{file}: {error}", "the JSON of a config.json")) from error
+        raise UserError(_damaged_config(f"{file}: {error}")) from error
     if not isinstance(content, dict):
-        raise UserError(Problem("model.base", f"{file} is not a JSON object", "the JSON of a config.json"))
+        raise UserError(_damaged_config(f"{file} is not a JSON object"))
     return content

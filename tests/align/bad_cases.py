@@ -292,7 +292,7 @@ BASES = {
     "no tokenizer": (base_without("tokenizer*"), ["model.base 'broken'", "tokenizer"]),
     "damaged weights": (damaged_weights, ["model.base 'broken'", "safetensors"]),
     "empty weights": (weights_of_zero_length, ["model.base 'broken'", "safetensors"]),
-    "damaged config": (broken_config("{"), ["model.base 'broken'", "config.json"]),
+    "damaged config": (broken_config("{"), ["model.base: broken/config.json", "line 1 column 2", "again"]),
     "config of another kind": (
         broken_config('{"model_type": "bert"}'),
         ["model.base 'broken'", "lack"],
@@ -330,7 +330,6 @@ FOLDERS = {
             "theirs: a run with status 'running'",
             "a finished run",
             "wait until it finishes",
-            "`llm-align sft good.yaml",
         ],
     ),
     "chat with an interrupted run": (

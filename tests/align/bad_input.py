@@ -3,16 +3,20 @@
 The folder holds a good recipe (good.yaml), good rows (rows.jsonl) and a link to a good base (base).
 """
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pyarrow
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+
+from finetune.recipe.runs import LOCK_FILE
 
 RECIPE = """\
 stage: sft
@@ -31,6 +35,7 @@ class Place:
 
     root: Path
     base: Path
+    locks: list[IO[bytes]] = field(default_factory=list)
 
     def rows(self, *rows: object, name: str = "bad.jsonl") -> list[str]:
         return self.data(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -51,6 +56,12 @@ class Place:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
+
+    def lock(self, name: str) -> None:
+        """Hold a lock as a running process does, until the place is deleted."""
+        self.file(name, "")
+        self.locks.append((self.root / name).open("rb"))
+        fcntl.flock(self.locks[-1], fcntl.LOCK_EX)
 
 
 def words(*more: str) -> Callable[[Place], list[str]]:
@@ -174,6 +185,8 @@ def chat_with(status: str) -> Callable[[Place], list[str]]:
         command = "llm-align sft good.yaml --out theirs"
         record = {"format": 2, "status": status, "recipe": "good", "digest": "0123abcd", "command": command}
         place.file("theirs/run.json", json.dumps(record))
+        if status == "running":
+            place.lock(f"theirs/{LOCK_FILE}")
         return ["chat", "theirs", "--prompt", "Hello"]
 
     return arrange

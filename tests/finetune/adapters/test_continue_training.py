@@ -41,6 +41,8 @@ def saved_run(adapted: PeftModel, run: Path) -> Path:
     record = {
         "format": 2,
         "status": "finished",
+        "stage": "sft",
+        "reload": {},
         "recipe": "a",
         "digest": "b",
         "command": "llm-align sft a",
