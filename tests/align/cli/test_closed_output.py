@@ -49,13 +49,18 @@ def test_a_run_saves_a_checkpoint_and_resumes(base_folder: Path, rows_file: Path
     (tmp_path / "r.yaml").write_text(RECIPE.format(base=base_folder, rows=rows_file))
     recipe = read_recipe("sft", str(tmp_path / "r.yaml"), out=tmp_path / "run")
     console = Terminal(file=LostOutput("step 2/6", LOST[0]))
-    with pytest.raises(OutputClosed, match="stopped by a closed output at step 3; checkpoint saved"):
+    with pytest.raises(
+        OutputClosed, match=r"stopped by a closed output at step \d; checkpoint saved"
+    ) as error:
         run_stage(recipe, console)
+    # The first line after step 2 fails: of step 3, or a later one on a fast machine.
+    step = int(str(error.value).partition("at step ")[2][0])
+    assert 3 <= step < 6
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["checkpoint-3"]
+    assert f"checkpoint-{step}" in os.listdir(tmp_path / "run" / "checkpoints")
     output = StringIO()
     result = run_stage(recipe, Terminal(file=output))
-    assert "resuming from step 3" in output.getvalue() and result.record["status"] == "finished"
+    assert f"resuming from step {step}" in output.getvalue() and result.record["status"] == "finished"
 
 
 @pytest.mark.parametrize("error", LOST, ids=["pipe", "terminal"])

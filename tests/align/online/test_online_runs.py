@@ -129,7 +129,7 @@ def tuned_run(decided_base, rows_file, tmp_path):
         f"stage: sft\nmodel: {{base: {decided_base}, precision: float32}}\n"
         f"data: {{source: {rows_file}, template: plain, cache: false}}\n"
         "adapter: {method: lora, rank: 4, dropout: 0.0}\n"
-        "train: {max_steps: 4, batch_size: 8, learning_rate: 5e-2}\nevaluate: {samples: 0}\n"
+        "train: {max_steps: 1, batch_size: 8, learning_rate: 2e-2}\nevaluate: {samples: 0}\n"
     )
     (tmp_path / "sft.yaml").write_text(text, encoding="utf-8")
     recipe = read_recipe("sft", str(tmp_path / "sft.yaml"), out=tmp_path / "tuned")
@@ -214,8 +214,10 @@ def test_reference_answer_reward_requires_reference_answers(tune, tmp_path):
     with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
         tune("grpo", rewards__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
-    result = tune("grpo", rewards__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
-    assert result.record["metrics"]["eval/objective/reward_before"] == 0.0
+    with pytest.raises(CheckFailedError, match="nothing was learned"):  # no reply of the toy is right
+        tune("grpo", rewards__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["metrics"]["eval/objective/reward_before"] == 0.0
 
 
 def test_nan_reward_is_reported(tune, rule_file):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import nn
 
 from align import cli
 from finetune.distributed.interrupts import Interrupted
@@ -108,7 +109,7 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
     uninterrupted = read("whole", data__packing=True)
     train_to_the_end = fit.fit
 
-    def interrupted_fit(ctx: RunContext, trainer: Any, spec: MetricSpec) -> None:
+    def interrupted_fit(ctx: RunContext, trainer: Any, policy: nn.Module, spec: MetricSpec) -> Any:
         step = trainer.training_step
 
         def first_steps(*args: Any) -> Any:
@@ -117,7 +118,7 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
             return step(*args)
 
         trainer.training_step = first_steps
-        train_to_the_end(ctx, trainer, spec)
+        return train_to_the_end(ctx, trainer, policy, spec)
 
     monkeypatch.setattr(fit, "fit", interrupted_fit)
     with pytest.raises(Interrupted, match="at step 4"):
