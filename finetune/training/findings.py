@@ -22,7 +22,7 @@ class Finding:
     def format_line(self) -> str:
         """Return the finding as one line for the terminal; ``!!`` marks one that needs action."""
         mark, action = ("!!", f" -> {self.action}") if self.action else ("--", "")
-        return f"{mark}  {self.name:<14}{self.evidence}: {self.meaning}{action}"
+        return f"{mark}  {self.name:<13} {self.evidence}: {self.meaning}{action}"
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "warned": bool(self.action)}

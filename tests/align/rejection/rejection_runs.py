@@ -34,7 +34,7 @@ def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
         "adapter.method": "lora",
         "train.epochs": 2,
         "train.batch_size": 4,
-        "train.learning_rate": 2e-2,
+        "train.learning_rate": 1e-2,
         "evaluate.samples": 2,
         "evaluate.graders": {},
         "evaluate.retention": None,
