@@ -113,7 +113,7 @@ def plan_runs(recipe: Recipe, *, force: bool, accept_changed_code: bool = False)
 
     directory = None
     try:
-        recipe = with_checked_processes(_with_required_runs(recipe, plan_required), target)
+        recipe = _with_required_runs(recipe, plan_required)
         if all(run.status == FINISHED for run in required.values()):
             directory = RunDirectory.of(recipe, force=force, accept_changed_code=accept_changed_code)
     except UserError as error:

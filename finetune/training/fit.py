@@ -1,6 +1,6 @@
 """Train to the last step: resume, callbacks, checks after the first steps and after the last one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,12 @@ from finetune.training.disk_plan import DiskPlan, check_run_space
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.preflight.first_steps import FirstStepsCheck
-from finetune.training.preflight.learning_checks import check_learning, trained_checksums, unmoved_layers
+from finetune.training.preflight.learning_checks import (
+    TrainedChecksums,
+    check_learning,
+    trained_checksums,
+    unmoved_layers,
+)
 from finetune.training.preflight.weight_checks import (
     ShardingCheck,
     check_base_unchanged,
@@ -86,15 +91,15 @@ def fit(ctx: RunContext, trainer: Trainer, policy: nn.Module, spec: MetricSpec) 
     if ctx.strategy in REPLICATED:
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
     unmoved = unmoved_layers(trained_before, trained_checksums(trainer.model, policy))
+    return partial(_check_learned, ctx, trained_before, unmoved)
 
-    def check() -> CheckResult:
-        # Rank 0 has the metrics file, and all ranks must agree.
-        entries = collectives.broadcast_object(ctx.run.metrics() if ctx.dist.is_main else [])
-        return check_learning(
-            trained_before, unmoved, metrics=ctx.run.record.get("metrics", {}), entries=entries
-        )
 
-    return check
+def _check_learned(
+    ctx: RunContext, before: TrainedChecksums, unmoved: Mapping[str, Sequence[str]]
+) -> CheckResult:
+    # Rank 0 has the metrics file, and all ranks must agree.
+    entries = collectives.broadcast_object(ctx.run.metrics() if ctx.dist.is_main else [])
+    return check_learning(before, unmoved, metrics=ctx.run.record.get("metrics", {}), entries=entries)
 
 
 def check_disk(ctx: RunContext, model: nn.Module, args: TrainingArguments, num_steps: int) -> None:

@@ -124,8 +124,9 @@ def _bound(model: PeftModel, folder: Path, probe: Probe, *, noise: float) -> flo
     """Return how much logits may differ: not at all, unless two passes of one model do."""
     is_float32 = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     # PEFT loads adapters in float32. An engine may have trained them in 16 bits.
-    rounded = (folder / ENCODER_WEIGHTS_FILE).is_file() or not is_float32
-    return 2 * noise + (ENCODER_BOUND[probe.precision] if rounded else 0.0)
+    if not is_float32:
+        return 2 * noise + max(ENCODER_BOUND[precision] for precision in ("bfloat16", probe.precision))
+    return 2 * noise + (ENCODER_BOUND[probe.precision] if (folder / ENCODER_WEIGHTS_FILE).is_file() else 0.0)
 
 
 @contextmanager

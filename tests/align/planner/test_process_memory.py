@@ -49,14 +49,12 @@ def test_no_number_is_offered_where_none_fits(recipe: Recipe) -> None:
     assert "llm-align plan" in problem.repair and "train.num_processes=" not in problem.repair
 
 
-def test_a_run_and_a_dry_run_ask_the_plan(tmp_path: Path) -> None:
+def test_a_run_asks_the_plan_and_a_dry_run_does_not(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, num_processes=100_000, batch_size=100_000)
-    for ask in (
-        lambda: resolve_required_runs(recipe, Terminal(quiet=True)),
-        lambda: plan_runs(recipe, force=False),
-    ):
-        with pytest.raises(UserError, match="100000 processes need"):
-            ask()
+    with pytest.raises(UserError, match="100000 processes need"):
+        resolve_required_runs(recipe, Terminal(quiet=True))
+    # A dry run is often for another machine.
+    assert plan_runs(recipe, force=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -64,7 +64,7 @@ def train_reward_model(folder: Path, base: Path, name: str, **settings: object) 
         "data.template": "plain",
         "train.max_steps": 12,
         "train.batch_size": 4,
-        "train.learning_rate": 2e-2,
+        "train.learning_rate": 1e-2,
         "evaluate.samples": 2,
         "reward.rules": [],
     }

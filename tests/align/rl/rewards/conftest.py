@@ -18,7 +18,7 @@ def _run(base: Path, folder: Path, name: str, **settings: object) -> Path:
         "model.precision": "float32",
         "train.max_steps": 3,
         "train.batch_size": 4,
-        "train.learning_rate": 2e-2,
+        "train.learning_rate": 1e-2,
         "evaluate.samples": 1,
     }
     more = {key.replace("__", "."): value for key, value in settings.items()}
