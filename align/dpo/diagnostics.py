@@ -60,8 +60,6 @@ HIGH_ACCURACY, MAX_ACCURACY_GAP = 0.9, 0.1
 """From this training accuracy on, held-out accuracy should not be lower by more than this gap."""
 MIN_MARGIN_GAIN, MIN_ACCURACY_GAIN = 0.02, 0.05
 """Increases of implicit reward margin and accuracy below which nothing was learned."""
-MIN_LOSS_INCREASE = 0.005
-"""Relative increase of held-out loss that is reported; less is noise with a few dozen pairs."""
 
 DPOMetricValues = Mapping[str, float]
 
@@ -125,23 +123,6 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
         return Finding("learning", evidence, "almost nothing was learned", action)
     return Finding(
         "learning", evidence, "the policy prefers chosen over rejected completions more than before"
-    )
-
-
-def _generalization(inputs: DiagnosticInputs) -> Finding | None:
-    losses = [inputs.metrics.get(f"eval/loss_{when}") for when in ("before", "after")]
-    if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= MIN_LOSS_INCREASE * abs(losses[0]):
-        return None
-    evidence = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
-    training = [inputs.metrics.get(f"loss_{when}") for when in ("before", "after")]
-    if training[0] is not None and training[1] is not None and training[1] > training[0]:
-        meaning = (
-            f"it increased in training too ({training[0]:.4f} → {training[1]:.4f}): updates are too large"
-        )
-        return Finding("unseen pairs", evidence, meaning, "lower train.learning_rate")
-    meaning = "held-out loss increased: the policy is more confident where it is wrong (overfitting)"
-    return Finding(
-        "unseen pairs", evidence, meaning, "lower train.learning_rate, fewer train.epochs, or more pairs"
     )
 
 
@@ -241,7 +222,6 @@ def _repetition(inputs: DiagnosticInputs) -> Finding | None:
 
 DPO_DIAGNOSTICS: tuple[Callable[[DiagnosticInputs], Finding | None], ...] = (
     _learning,
-    _generalization,
     _chosen_logp_drop,
     _large_kl,
     _overfitting,

@@ -60,7 +60,6 @@ def test_pain_15_training_logratios_are_used_without_held_out() -> None:
 
 
 WARNED = {
-    "unseen pairs": {"eval/loss_before": 0.6931, "eval/loss_after": 0.71},
     "learning": {"eval/rewards/margins_after": 0.001, "eval/rewards/accuracies_after": 0.52},
     "distance": {"eval/objective/kl_per_token_after": 2.5},
     "overfit": {"rewards/accuracies_after": 0.99, "eval/rewards/accuracies_after": 0.6},
@@ -80,7 +79,6 @@ def test_pain_15_each_problem_has_a_finding(name: str) -> None:
 
 MARGINS = {"eval/rewards/margins_before": 1.0}
 ACCURACIES = {"eval/rewards/accuracies_before": 0.72}
-LOSS = {"eval/loss_before": 0.5, "eval/loss_after": 0.8}
 FALLEN = {"eval/logps/chosen_before": -1.0, "eval/logps/chosen_after": -1.3}
 NOTHING, LOWER, RAISE = "almost nothing was learned", "lower train.learning_rate", "raise train.learning_rate"
 SHORT = [("one two three four five six", "one")]
@@ -99,8 +97,6 @@ SHORT = [("one two three four five six", "one")]
             "prefers rejected over chosen",
             LOWER,
         ),
-        ("unseen pairs", LOSS | {"loss_before": 0.7, "loss_after": 0.1}, "overfitting", "fewer train.epochs"),
-        ("unseen pairs", LOSS | {"loss_before": 0.1, "loss_after": 0.7}, "updates are too large", LOWER),
         (
             "likelihood",
             FALLEN | {"eval/logps/rejected_after": -1.1},
@@ -122,10 +118,6 @@ def test_the_advice_follows_the_sign_of_the_change(
     finding = findings_by_name(**changed)[name]
     assert meaning in finding.meaning and action in finding.action
     assert bool(finding.action) == bool(action)
-
-
-def test_falling_losses_are_no_finding() -> None:
-    assert "unseen pairs" not in findings_by_name(**{"eval/loss_before": 0.8, "eval/loss_after": 0.5})
 
 
 def test_pain_15_length_growth_is_attributed_to_the_data() -> None:

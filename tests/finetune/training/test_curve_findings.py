@@ -53,6 +53,7 @@ HEALTHY = {
     "one step": history([2.0], [2.0, 1.9]),
     "two equal steps": history([2.0, 2.05]),
     "held-out noise at the end": history(falling(60, noise=0.1), [2.0, 1.5, 1.42, 1.46, 1.4, 1.44, 1.41]),
+    "falling, two points": history([0.7, 0.1], [0.8, 0.5]),
     "no entries": history(),
     "negative losses": history([-v for v in reversed(falling(40, noise=0.02))]),
     "nonzero gradients": history(falling(20, noise=0.01), grad_norm=[1.0] * 20),
@@ -67,6 +68,18 @@ HISTORIES = {
     "overfitting without a measurement between": (
         history(falling(10, noise=0.01), [1.5, 1.9]),
         {"held-out loss": "best before training (1.5000)"},
+    ),
+    "overfitting of pairs": (
+        history([0.7, 0.1], [0.6931, 0.71]),
+        {"held-out loss": "(overfitting) -> lower train.learning_rate, train.evaluate_every=N"},
+    ),
+    "overfitting of pairs, in action": (
+        history([0.7, 0.1], [0.5, 0.8]),
+        {"held-out loss": "fewer train.epochs"},
+    ),
+    "updates too large for pairs": (
+        history([0.1, 0.7], [0.5, 0.8]),
+        {"loss": "above its start", "held-out loss": "updates are too large -> lower train.learning_rate"},
     ),
     "diverged": (
         history([2.0, 2.5, 6.0, 8.0, 9.0, 8.5, 9.2, 9.0], [2.0, 9.0]),
