@@ -1,7 +1,7 @@
 """Python API: the commands of ``llm-align`` as functions."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.training.loaded_model import LoadedModel
     from finetune.training.run_directory import Result
 
+    Reward = str | Path | Callable[..., Any]
     Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | ArrowStream
 
 
@@ -34,7 +35,8 @@ def load_recipe(
     data: "Data | None" = None,
     adapter: str | None = None,
     init_from: str | Path | None = None,
-    reward: str | Path | None = None,
+    reward: "Reward | Sequence[Reward | Mapping[str, Any]] | None" = None,
+    graders: "Mapping[str, str | Callable[..., Any]] | None" = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Recipe:
@@ -49,7 +51,10 @@ def load_recipe(
             dataset (datasets), an Arrow table. A snapshot of rows is taken; the run directory gets a copy.
         adapter: name of an adapter.
         init_from: parent run: its run directory, its name, or ``stage/recipe``.
-        reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
+        reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``,
+            ``file.py:function``, or a Python function; or several of them, each may be a mapping as in
+            ``rewards.sources``: ``{"function": short, "weight": 0.1}``.
+        graders: functions that grade completions of held-out prompts, by name: Python functions, or
             ``file.py:function``.
         out: the run directory.
         settings: further overrides, ``{"train.epochs": 3}``. Keys of data take rows too:
@@ -63,7 +68,8 @@ def load_recipe(
         "data.source": data,
         "adapter.method": adapter,
         "model.init_from": str(init_from) if init_from is not None else None,
-        "rewards.sources": str(reward) if reward is not None else None,
+        "rewards.sources": str(reward) if isinstance(reward, Path) else reward,
+        "evaluate.graders": graders,
     }
     overrides = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
     stage = stage_of_verb(stage) if stage is not None else None

@@ -24,7 +24,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import FINISHED, RUNS_FOLDER, find_run
-from finetune.recipe.user_function import load_graders
+from finetune.recipe.user_arguments import load_graders
 from finetune.training.launch import check_deepspeed_installed, launch_stage
 from finetune.training.run_directory import RunDirectory
 

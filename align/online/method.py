@@ -173,7 +173,9 @@ def load_online_rl(ctx: RunContext[OnlineSettings], loss: RLOOSettings | GRPOSet
     traits = adapter_traits(settings.adapter.method)
     # An adapter that rewrites base weights (PiSSA) must not change the base of the reward models.
     base = base_for_scorers(frozen.base, changes_base=traits.changes_base)
-    rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer)
+    rewards = load_rewards(
+        settings.rewards, base=base, tokenizer=text.encoder.tokenizer, columns=prompts.columns
+    )
     for note in rewards.notes:
         ctx.log(note)
     policy = add_adapter(ctx, frozen)

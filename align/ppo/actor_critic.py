@@ -17,6 +17,7 @@ from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
 from align.rl.token_stats import to_padded, token_logps_and_entropy
 from finetune.adapters.traits import Hooks
+from finetune.data.row_columns import RowColumns
 from finetune.library_internals import disable_attention_dropout
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import adapter_settings, adapter_traits
@@ -162,7 +163,9 @@ class PPOModels:
     rewards: Rewards
 
 
-def load_ppo_models(ctx: RunContext[Settings], text: TextEncoding) -> PPOModels:
+def load_ppo_models(
+    ctx: RunContext[Settings], text: TextEncoding, columns: RowColumns | None = None
+) -> PPOModels:
     """Load the base once and attach policy, value and reward models to it.
 
     Raises:
@@ -175,7 +178,7 @@ def load_ppo_models(ctx: RunContext[Settings], text: TextEncoding) -> PPOModels:
     traits = adapter_traits(settings.adapter.method)
     # An adapter that rewrites base weights (PiSSA) must not change the base of value and reward models.
     base = base_for_scorers(frozen.base, changes_base=traits.changes_base)
-    rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer)
+    rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer, columns=columns)
     for note in rewards.notes:
         ctx.log(note)
     value_model, head_index = _build_value_model(

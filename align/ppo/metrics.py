@@ -1,6 +1,6 @@
 """Metrics of PPO: of updates (explained variance, approx_kl), of held-out completions, the first ratios."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -15,13 +15,11 @@ from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
 from align.rl.prompts import Prompt
 from align.rl.token_stats import token_mask
-from data_templates.segments import Message
 from finetune.recipe.errors import Problem
 from finetune.training.context import RunContext
-from finetune.training.generation_eval import Grader, mean_grade
+from finetune.training.generation_eval import Graders, mean_grade
 from finetune.training.metrics import GOLD_PREFIX
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.samples import prompt_text
 
 TokenTotals = tuple[int, dict[str, float]]
 """Number of tokens, and the sum of each metric over them."""
@@ -103,13 +101,14 @@ class HeldOutEvaluation:
 
     Attributes:
         prompts: the held-out prompts.
-        graders: name -> user function; their means are the gold rewards, which the run does not maximize.
+        graders: user functions; the means of their grades are the gold rewards, which the run does not
+            maximize.
         rollouts: samples and scores completions.
         seed: of the run.
     """
 
     prompts: Sequence[Prompt]
-    graders: Mapping[str, Grader]
+    graders: Graders
     rollouts: Rollouts
     seed: int
 
@@ -130,12 +129,13 @@ class HeldOutEvaluation:
         return completion_metrics(completions) | kl_metrics(completions, stats) | gold_rewards
 
     def _gold_rewards(self, completions: ScoredCompletions) -> dict[str, float]:
-        prompts = [
-            prompt_text([*prompt.messages, Message("assistant", "")]) for prompt in completions.prompts
+        rows = [
+            self.graders.row(prompt.messages, text, prompt.location, prompt.expected)
+            for prompt, text in zip(completions.prompts, completions.texts, strict=True)
         ]
         return {
-            f"{GOLD_PREFIX}{name}": mean_grade(name, grader, prompts, completions.texts)
-            for name, grader in self.graders.items()
+            f"{GOLD_PREFIX}{name}": mean_grade(name, grades)
+            for name, grades in self.graders.grade(rows).items()
         }
 
 

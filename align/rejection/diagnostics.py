@@ -10,7 +10,7 @@ from align.rejection.selection import Candidate, mean_best_of_n
 from align.rejection.settings import Settings
 from align.rl.prompts import Prompts
 from data_templates.segments import Message
-from finetune.training.generation_eval import Grader, mean_grade
+from finetune.training.generation_eval import Graders, mean_grade
 from finetune.training.metric_specs import Diagnostics, MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 from finetune.training.preflight.checks import CheckResult
@@ -120,7 +120,7 @@ def held_out_metrics(
     *,
     num_generations: int,
     reward_names: Sequence[str],
-    graders: Mapping[str, Grader],
+    graders: Graders,
 ) -> dict[str, float]:
     """Return the mean reward, the mean best of n, the EOS rate, and the graders' means.
 
@@ -129,7 +129,7 @@ def held_out_metrics(
         prompts: the held-out prompts.
         num_generations: completions per prompt (n).
         reward_names: rewards whose means are metrics of their own.
-        graders: Python graders by name.
+        graders: Python graders.
 
     Raises:
         UserError: a grader raised, returned no number, or skipped every completion.
@@ -142,11 +142,14 @@ def held_out_metrics(
     }
     for name in reward_names:
         metrics[f"rewards/{name}"] = float(np.mean([candidate.by_source[name] for candidate in candidates]))
-    texts = [candidate.text for candidate in candidates]
-    prompt_texts = [_prompt_text(prompts, candidate) for candidate in candidates]
-    for name, grader in graders.items():
-        metrics[f"{GOLD_PREFIX}{name}"] = mean_grade(name, grader, prompt_texts, texts)
-    return metrics
+    prompt_of = {index: prompts[index] for index in {candidate.prompt_index for candidate in candidates}}
+    rows = [
+        graders.row(prompt.messages, candidate.text, prompt.location, prompt.expected)
+        for candidate in candidates
+        for prompt in (prompt_of[candidate.prompt_index],)
+    ]
+    grades = graders.grade(rows)
+    return metrics | {f"{GOLD_PREFIX}{name}": mean_grade(name, values) for name, values in grades.items()}
 
 
 def write_selected(

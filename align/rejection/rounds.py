@@ -17,6 +17,7 @@ from align.rl.rewards.rewards import Rewards
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Conversations, PreparedData, tokenize_conversations
+from finetune.data.row_columns import RowColumns
 from finetune.distributed import collectives
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
@@ -85,7 +86,9 @@ class RoundPolicies:
         return policy
 
 
-def load_round_policies(ctx: RunContext[Settings], text: TextEncoding) -> RoundPolicies:
+def load_round_policies(
+    ctx: RunContext[Settings], text: TextEncoding, columns: RowColumns | None = None
+) -> RoundPolicies:
     """Load the base and the rewards; policies are loaded on demand.
 
     Raises:
@@ -98,7 +101,7 @@ def load_round_policies(ctx: RunContext[Settings], text: TextEncoding) -> RoundP
     frozen = None if is_unshared else load_frozen_base(ctx)
     base = frozen.base if frozen is not None else None
     with ctx.timed("load"):
-        rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer)
+        rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer, columns=columns)
     for note in rewards.notes:
         ctx.log(note)
     return RoundPolicies(ctx, frozen, rewards)

@@ -3,15 +3,15 @@
 Sparrow (Glaese et al. 2022, arXiv 2209.14375, section 2.6) combines rule rewards with preference rewards.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.reward.settings import RuleSettings
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.user_arguments import CompletionRow, RowFunction
 from finetune.recipe.user_files import local_modules
-from finetune.recipe.user_function import call_for_number, function_file, load_user_function
+from finetune.recipe.user_function import call_for_number, call_for_numbers, function_file, load_user_function
 from finetune.training.run_directory import RULES, RunDirectory
 
 
@@ -21,28 +21,23 @@ class FunctionReward:
 
     name: str
     weight: float
-    function: Callable[[str, str], Any]
+    function: RowFunction
     kind: str = "rule"
 
-    def scores(
-        self, prompts: Sequence[str], completions: Sequence[str], locations: Sequence[str]
-    ) -> list[float]:
-        """Return the rule's score of each completion.
-
-        Args:
-            prompts: one per completion.
-            completions: the texts to score.
-            locations: location of each completion, for error messages.
+    def scores(self, rows: Sequence[CompletionRow]) -> list[float]:
+        """Return the function's score of each completion.
 
         Raises:
             UserError: the function raised, or returned no number.
         """
-        return [
-            call_for_number(
-                self.function, prompt, completion, where=f"{self.kind} '{self.name}' on {location}"
-            )
-            for prompt, completion, location in zip(prompts, completions, locations, strict=True)
-        ]
+        what = f"{self.kind} '{self.name}' on"
+        if self.function.is_batch:
+            where = f"{what} {rows[0].location}" + (f" to {rows[-1].location}" if len(rows) > 1 else "")
+            return call_for_numbers(lambda: self.function.call_batch(rows), len(rows), where=where)
+        return [self._score(row, f"{what} {row.location}") for row in rows]
+
+    def _score(self, row: CompletionRow, where: str) -> float:
+        return call_for_number(lambda *_: self.function.call(row), row.prompt, row.completion, where=where)
 
 
 def save_rules(rules: Sequence[RuleSettings], run: RunDirectory) -> None:
@@ -81,7 +76,7 @@ def load_rules(run: Path, rules: Sequence[RuleSettings]) -> list[FunctionReward]
         name = rule.function.rpartition(":")[2]
         where = f"rule '{rule.name}' of {run}"
         function = load_user_function(f"{run.resolve() / RULES / f'{index}.py'}:{name}", where=where)
-        loaded.append(FunctionReward(rule.name, rule.weight, function))
+        loaded.append(FunctionReward(rule.name, rule.weight, RowFunction(function)))
     return loaded
 
 

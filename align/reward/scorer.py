@@ -28,7 +28,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.auto_values import TOKENS_PER_FORWARD
-from finetune.training.samples import prompt_text
+from finetune.training.samples import completion_row
 
 PromptInput = str | Sequence[Message]
 TokenIdList = list[int]
@@ -99,12 +99,12 @@ class RewardModel:
         head_scores = self._head_scores(conversations, locations)
         scores = {name: head_scores[:, index].tolist() for index, name in enumerate(self.normalization)}
         total = sum(np.asarray(values) for values in self.normalized(scores).values())
-        prompts, completions = (
-            [prompt_text(conversation) for conversation in conversations],
-            [conversation[-1].full_text for conversation in conversations],
-        )
+        rows = [
+            completion_row(conversation, location)
+            for conversation, location in zip(conversations, locations, strict=True)
+        ]
         for rule in self.rules:
-            scores[rule.name] = rule.scores(prompts, completions, locations)
+            scores[rule.name] = rule.scores(rows)
             total = total + rule.weight * np.asarray(scores[rule.name])
         return {**scores, TOTAL: np.asarray(total).tolist()}
 

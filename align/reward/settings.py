@@ -18,7 +18,8 @@ from finetune.recipe.settings import (
     Section,
     StageSettings,
 )
-from finetune.recipe.user_function import load_user_function, signature_problems
+from finetune.recipe.user_arguments import signature_problems
+from finetune.recipe.user_function import load_user_function
 
 RULE_ARGUMENTS = ("prompt", "completion")
 """Arguments of a rule function."""

@@ -85,12 +85,12 @@ def check_rewards(rewards: Rewards, data: PreparedPrompts) -> CheckResult:
     """Check the rewards on the recipe's prompts before anything is sampled or written.
 
     Raises:
-        UserError: a reward function fails, or needs reference answers that some rows lack.
+        UserError: a reward function fails, or needs values that some rows lack.
         NotFiniteError: a reward model returns NaN or infinity.
     """
-    # Held-out rows too: a missing answer would stop the run only at its first evaluation.
+    # Held-out rows too: a missing value would stop the run only at its first evaluation.
     for prompts in filter(None, (data.train, data.held_out)):
-        rewards.check_reference_answers([prompt.expected for prompt in prompts], prompts.locations)
+        rewards.check_values([prompt.expected for prompt in prompts], prompts.locations)
     expected = [row.expected for row in data.train]
     return rewards.check([row.messages for row in data.train], data.train.locations, expected=expected)
 

@@ -18,6 +18,7 @@ from finetune.data.lost_characters import LostCharacters
 from finetune.data.mapped_cache import Arrays
 from finetune.data.pipeline import MAX_TRAIN_SAMPLES, EncodedIndex, EncodedRows, prepare, probe_rows
 from finetune.data.report import DataReport
+from finetune.data.row_columns import RowColumns
 from finetune.data.row_store import Rows, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.errors import Problem, UserError
@@ -96,11 +97,12 @@ class Prompts(Sequence[Prompt]):
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """Training prompts, held-out prompts and the data report."""
+    """Training prompts, held-out prompts, the data report, and the columns of the rows."""
 
     train: Prompts
     held_out: Prompts | None
     report: DataReport
+    columns: RowColumns
 
     @property
     def probe_rows(self) -> list[list[int]]:
@@ -188,7 +190,8 @@ def prepare_prompts(
     train = Prompts(data.train.arrays, data.train.samples)
     held_out = None if data.held_out is None else Prompts(data.held_out.arrays, data.held_out.samples)
     _fill_report(data.train, data.report)
-    return PreparedPrompts(train, held_out, data.report)
+    locations = [data.train.locations, *([data.held_out.locations] if data.held_out is not None else [])]
+    return PreparedPrompts(train, held_out, data.report, RowColumns(settings, locations))
 
 
 @dataclass(frozen=True)

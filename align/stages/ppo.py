@@ -53,7 +53,7 @@ def build(ctx: RunContext[Settings]) -> Method:
     settings, text = ctx.settings, load_text_encoding(ctx)
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     pretraining = load_pretraining_mix(ctx, text)
-    models = load_ppo_models(ctx, text)
+    models = load_ppo_models(ctx, text, prompts.columns)
     # Loaded here: its graders grade held-out completions during training too.
     evals = GenerationEvals.load(settings, text.encoder, prompts.prompts)
     return PPO(ctx, text, prompts, models, pretraining, evals)

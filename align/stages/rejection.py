@@ -7,7 +7,7 @@ fine-tuning on (x, y*); the next round samples from the fine-tuned policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from data_templates.segments import Message
     from finetune.training.context import RunContext
     from finetune.training.generation import Completion
-    from finetune.training.generation_eval import Grader
+    from finetune.training.generation_eval import Graders
     from finetune.training.metric_specs import MetricSpec
     from finetune.training.model import TextEncoding
     from finetune.training.samples import GenerateFn
@@ -51,10 +51,12 @@ def run(ctx: RunContext[Settings]) -> None:
     settings = ctx.settings
     text = load_text_encoding(ctx)
     data = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
-    policies = load_round_policies(ctx, text)
+    policies = load_round_policies(ctx, text, data.columns)
     evals = GenerationEvals.load(settings, text.encoder, data.prompts)
     method = RejectionSampling(ctx, text, data, policies, evals.graded.graders)
     metadata, last_round = method.prepare(), settings.rejection.rounds
+    for note in evals.notes:
+        ctx.log(note)
     with ctx.recorded(metadata, method.metric_spec.with_summary(evals.summary)):
         evals.run(ctx.run, method.generate_with(1), "before")
         method.evaluate(0)
@@ -75,7 +77,7 @@ class RejectionSampling:
         text: template and tokenizer.
         data: training and held-out prompts.
         policies: the policy of each round, and the rewards.
-        graders: grade the held-out completions, by name.
+        graders: grade the held-out completions.
         selected: selected completions by round.
     """
 
@@ -83,7 +85,7 @@ class RejectionSampling:
     text: TextEncoding
     data: PreparedPrompts
     policies: RoundPolicies
-    graders: Mapping[str, Grader]
+    graders: Graders
     selected: dict[int, list[Candidate]] = field(default_factory=dict)
 
     @property

@@ -34,14 +34,14 @@ _SENTENCES = range(2, 6)
 LANGUAGES = ("en", "ko")
 
 
-def happy_end(prompt: str, reply: str) -> bool | None:
+def happy_end(prompt: str, completion: str) -> bool | None:
     """Return whether a requested story ends happily; None for other prompts."""
-    return ends_happily(reply) if requested(prompt) else None
+    return ends_happily(completion) if requested(prompt) else None
 
 
-def peaceful(prompt: str, reply: str) -> bool | None:
+def peaceful(prompt: str, completion: str) -> bool | None:
     """Return whether nobody in a requested story takes or fights over the thing; None for other prompts."""
-    return not is_harsh(reply) if requested(prompt) else None
+    return not is_harsh(completion) if requested(prompt) else None
 
 
 class Topic(NamedTuple):

@@ -24,6 +24,7 @@ from finetune.recipe.mixture_rules import MIXTURE_RULES
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
+from finetune.recipe.user_arguments import load_graders
 from finetune.recipe.user_function import function_file
 
 HOLD_OUT_REPAIR = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
@@ -192,7 +193,10 @@ def _check_graders(settings: StageSettings) -> Iterator[Problem]:
             repair = "write it like a Python identifier: happy_end"
             yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
         # Only that the file exists; it is imported when the run needs it.
-        yield from caught(function_file, text, where=where)
+        if isinstance(text, str):
+            yield from caught(function_file, text, where=where)
+        else:
+            yield from caught(load_graders, {name: text})
     if evaluate.graders and not settings.data.held_out:
         actual, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
         yield Problem("evaluate.graders", actual, expected, HOLD_OUT_REPAIR)

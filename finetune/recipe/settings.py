@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
+from finetune.recipe.python_function import PythonFunction, function_from_python
 from finetune.recipe.python_rows import PythonRows, from_python, pick_split
 from finetune.recipe.python_tables import has_splits
 
@@ -27,6 +28,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 RowSource = Annotated[NonEmptyStr | PythonRows, BeforeValidator(from_python)]
 """Rows: a Hub id, a file or a folder; in Python also a table, of which a snapshot is taken."""
+FunctionName = Annotated[NonEmptyStr | PythonFunction, BeforeValidator(function_from_python)]
+"""``path/to/file.py:function``; in Python also a function."""
 
 
 class Section(BaseModel):
@@ -337,10 +340,11 @@ class EvaluateSettings(Section):
         0, description="number of held-out rows for exact match of greedy replies; 0: off"
     )
     max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
-    graders: dict[str, NonEmptyStr] = Field(
+    graders: dict[str, FunctionName] = Field(
         {},
-        description="Python functions that grade replies to held-out prompts, before and after training: "
-        "{name: file.py:function}; function(prompt, reply) returns a bool, a number, or None (skip)",
+        description="Python functions that grade completions of held-out prompts, before and after training: "
+        "{name: file.py:function}; parameters are filled by name (prompt, completion, expected, columns of "
+        "the row); returns a bool, a number, or None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
     retention: RowSource | None = Field(

@@ -6,7 +6,7 @@ import inspect
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import isfinite
@@ -18,6 +18,7 @@ from typing import Any
 from finetune.recipe.discovery import INSTALLED, local_path
 from finetune.recipe.errors import Problem, UserError, UserFunctionError, did_you_mean, one_of
 from finetune.recipe.one_run import no_run_inside
+from finetune.recipe.python_function import PythonFunction, is_python_function_text
 from finetune.recipe.renamed import renamed_function
 from finetune.recipe.user_calls import CALLS
 from finetune.recipe.user_files import imported_modules, local_modules
@@ -25,12 +26,8 @@ from finetune.recipe.user_state import UserState, import_first, user_code
 
 FUNCTION_FORMAT = "path/to/file.py:function"
 NUMBER_FORMAT = "a finite number, or true or false"
-GRADER_PARAMETERS = ("prompt", "reply")
-EXPECTED_PARAMETER = "expected"
-"""Name of the optional third parameter of a reward function: the row's reference answer."""
-REPLY_NAMES = ("completion", "reply", "response", "answer")
 MAX_SHOWN_CHARACTERS = 80
-"""Characters of prompt and reply shown in the error of a function that failed on them."""
+"""Characters of prompt and completion shown in the error of a function that failed on them."""
 MAX_ERROR_CHARACTERS = 300
 
 
@@ -42,10 +39,16 @@ class UserFunction:
     function: Callable[..., Any]
     state: UserState
 
+    @property
+    def name(self) -> str:
+        """Return the function's name."""
+        return self.text.rpartition(":")[2]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; its random numbers are seeded with its arguments."""
         arguments = [str(value) for value in (*args, *kwargs.values())]
-        shown = f"prompt {arguments[0][:MAX_SHOWN_CHARACTERS]!r}" if arguments else "no arguments"
+        first = kwargs.get("prompt", kwargs.get("prompts", arguments[0] if arguments else ""))
+        shown = f"prompt {str(first)[:MAX_SHOWN_CHARACTERS]!r}"
         with (
             no_run_inside(self.text),
             CALLS.timed(self.text, shown),
@@ -54,17 +57,19 @@ class UserFunction:
             return self.function(*args, **kwargs)
 
 
-def load_user_function(text: str, *, where: str) -> UserFunction:
+def load_user_function(text: str | PythonFunction, *, where: str) -> UserFunction:
     """Import the file in ``text`` and return its function.
 
     Args:
         text: ``path/to/file.py:function``; relative paths are resolved from the working directory, then from
-            the project folder.
+            the project folder. Or a function that was given in Python.
         where: the recipe's key, for the message.
 
     Raises:
         UserError: no such file, an error while it is imported, or no such function in it.
     """
+    if isinstance(text, PythonFunction):
+        return UserFunction(text.name, text.function, UserState(text.file))
     file = function_file(text, where=where)
     name = text.rpartition(":")[2]
     module, state = _import_file(file.resolve(), where)
@@ -96,6 +101,10 @@ def function_file(text: str, *, where: str) -> Path:
         UserError: ``text`` has another format, or there is no such file.
     """
     path, _, name = text.rpartition(":")
+    if is_python_function_text(text):
+        repair = "give it again: load_recipe(RUN, reward=function), or graders={name: function}"
+        actual = f"{text}, which a recipe file cannot hold"
+        raise UserError(Problem(where, actual, FUNCTION_FORMAT, repair))
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(Problem(where, f"'{text}'", FUNCTION_FORMAT, f"write {where}: rules.py:my_rule"))
     # A wheel's project folder is inside the package: shipped functions are found from site-packages.
@@ -106,12 +115,16 @@ def function_file(text: str, *, where: str) -> Path:
     return file
 
 
-def file_digest(text: str, *, where: str) -> str:
+def file_digest(text: str | PythonFunction, *, where: str) -> str:
     """Return the SHA-256 of the file of ``path/to/file.py:function`` and of the local files it imports.
+
+    Of a function that was given in Python: of its code.
 
     Raises:
         UserError: there is no such file.
     """
+    if isinstance(text, PythonFunction):
+        return text.sha256
     file = function_file(text, where=where)
     digest = hashlib.sha256(file.read_bytes())
     for module in local_modules(file):
@@ -168,6 +181,42 @@ def call_user_function(
         problem = _return_problem(where, f"it returned {_describe_value(value)}", prompt, reply, expected)
         raise UserFunctionError(replace(problem, repair=_value_repair(value)))
     return number
+
+
+def call_for_numbers(call: Callable[[], Any], count: int, *, where: str) -> list[float]:
+    """Call a user function that returns the rewards of several completions; None counts as 0, as in TRL.
+
+    Raises:
+        UserError: it raised, or did not return a list of so many finite numbers.
+    """
+    return [number or 0.0 for number in call_for_grades(call, count, where=where)]
+
+
+def call_for_grades(call: Callable[[], Any], count: int, *, where: str) -> list[float | None]:
+    """Call a user function that returns the grades of several completions; None: it does not apply.
+
+    Raises:
+        UserError: it raised, or did not return a list of so many finite numbers.
+    """
+    expected = f"a list of {count} numbers, one per completion"
+    try:
+        values = call()
+        # Lists, tuples, arrays and tensors; a text has a length too.
+        values = None if isinstance(values, str | bytes | dict) else list(values)
+    except KeyboardInterrupt:  # the user's second Ctrl-C
+        raise
+    except BaseException as error:  # the function is the user's and may raise anything, also SystemExit
+        raise UserFunctionError(Problem(where, describe_error(error), expected)) from error
+    if values is None or len(values) != count:
+        actual = f"it returned {'no list' if values is None else f'{len(values)} values'}"
+        raise UserFunctionError(Problem(where, actual, expected))
+    numbers = [None if value is None else as_number(value) for value in values]
+    for value, number in zip(values, numbers, strict=True):
+        if value is not None and (number is None or not isfinite(number)):
+            raise UserFunctionError(
+                Problem(where, f"it returned {_describe_value(value)} in its list", expected)
+            )
+    return numbers
 
 
 def as_number(value: Any) -> float | None:
@@ -228,90 +277,10 @@ def _value_repair(value: Any) -> str:
 
 
 def _return_problem(where: str, actual: str, prompt: str, reply: str, expected: str) -> Problem:
-    details = f"{actual}; prompt {prompt[:MAX_SHOWN_CHARACTERS]!r}, reply {reply[:MAX_SHOWN_CHARACTERS]!r}"
+    details = (
+        f"{actual}; prompt {prompt[:MAX_SHOWN_CHARACTERS]!r}, completion {reply[:MAX_SHOWN_CHARACTERS]!r}"
+    )
     return Problem(where, details, expected)
-
-
-def signature_problems(
-    function: Callable[..., Any], parameters: tuple[str, ...], *, where: str
-) -> list[Problem]:
-    """Return the problems of a function that is called with these arguments; ``expected`` by its name."""
-    expected = f"a function that takes ({', '.join(parameters)})"
-    signature = _signature(function)
-    if signature is None:
-        return []
-    text = f"{_name(function)}{signature}"
-    if any(check(_target(function)) for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
-        repair = "write `def` and not `async def`; asyncio.run() runs a coroutine inside"
-        return [Problem(where, f"{text} is an async function", expected, repair)]
-    positional = [name for name in parameters if name != EXPECTED_PARAMETER]
-    by_name = {name: name for name in parameters if name == EXPECTED_PARAMETER}
-    # bind() checks numbers and names of parameters without calling the function.
-    try:
-        signature.bind(*positional, **by_name)
-    except TypeError as error:
-        return [Problem(where, f"{text}: {error}", expected, _signature_repair(signature, parameters))]
-    names = list(signature.parameters)
-    if len(positional) == 2 and names[1:2] == ["prompt"] and names[0] in REPLY_NAMES:
-        actual = f"{text} takes the {names[0]} first; it is called with the prompt first"
-        return [Problem(where, actual, expected, "swap the first two parameters")]
-    return []
-
-
-def _signature_repair(signature: inspect.Signature, parameters: tuple[str, ...]) -> str:
-    required = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(parameters) == 2 and len(required) == 3:
-        return f"give {required[2]} a default; a third parameter for reference answers is named `expected`"
-    return ""
-
-
-def _target(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function.function if isinstance(function, UserFunction) else function
-
-
-def _name(function: Callable[..., Any]) -> str:
-    if isinstance(function, UserFunction):
-        return function.text.rpartition(":")[2]
-    return str(getattr(function, "__name__", type(function).__name__))  # partials have no name
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Return a function's signature; None for functions of C code that have none."""
-    try:
-        return inspect.signature(_target(function))
-    except ValueError:
-        return None
-
-
-def has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Return True if a function has a parameter of this name."""
-    signature = _signature(function)
-    return signature is not None and name in signature.parameters
-
-
-def load_graders(graders: Mapping[str, str]) -> dict[str, UserFunction]:
-    """Return the grader functions that a recipe names; their files are executed.
-
-    Raises:
-        UserError: a file or function is missing, or does not take a prompt and a reply.
-    """
-    functions: dict[str, UserFunction] = {}
-    problems: list[Problem] = []
-    for name, text in graders.items():
-        where = f"evaluate.graders.{name}"
-        try:
-            functions[name] = load_user_function(text, where=where)
-            problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return functions
 
 
 def _import_file(file: Path, where: str) -> tuple[ModuleType, UserState]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.files import data_fingerprint
+from finetune.recipe.python_function import PythonFunction
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import StageSettings
@@ -46,9 +47,9 @@ def function_digests(settings: StageSettings) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
 
-    def collect(text: str, *, where: str) -> str:
-        digests[text] = file_digest(text, where=where)
-        return digests[text]
+    def collect(text: str | PythonFunction, *, where: str) -> str:
+        digests[str(text)] = file_digest(text, where=where)
+        return digests[str(text)]
 
     for _, section in settings:
         section.input_digests(collect)
@@ -123,7 +124,7 @@ def find_code_change(recipe: Recipe, record: Mapping[str, Any]) -> CodeChange | 
     if not changed or then.keys() != now.keys():
         return None
     # With the code of then the recipe is that run, if nothing else has changed.
-    fingerprint = run_fingerprint(recipe.settings, function_digest=lambda text, *, where: then[text])
+    fingerprint = run_fingerprint(recipe.settings, function_digest=lambda text, *, where: then[str(text)])
     if recipe.digest(fingerprint) != record["digest"]:
         return None
     return CodeChange(changed, record["digest"], fingerprint)

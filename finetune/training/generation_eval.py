@@ -1,30 +1,95 @@
 """Generation evals before and after training: samples, Python graders, exact match on a retention set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation, render_reply
 from finetune.data.conversation_rows import load_conversations
 from finetune.data.load import SourceSpec
 from finetune.data.report import DataReport
+from finetune.data.row_columns import RowColumns
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import EvaluateSettings, StageSettings
-from finetune.recipe.user_function import call_user_function, load_graders
+from finetune.recipe.user_arguments import (
+    ColumnsByLocation,
+    CompletionRow,
+    RowFunction,
+    column_problems,
+    default_notes,
+    load_graders,
+    missing_value_problems,
+)
+from finetune.recipe.user_function import call_for_grades, call_user_function
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import GenerateFn, Samples, evenly_spaced, prompt_text
+from finetune.training.samples import GenerateFn, Samples, completion_row, evenly_spaced
+
+Grades = list[float | None]
+"""The grades of some completions; None where the grader does not apply."""
 
 
-class Grader(Protocol):
-    """A user's function: the grade of a reply, or None to skip the prompt."""
+@dataclass(frozen=True)
+class Graders:
+    """Python functions that grade completions, and the columns of the rows that they may take."""
 
-    def __call__(self, prompt: str, reply: str, /) -> float | bool | None:
-        """Return true or 1 for a good reply, false or 0 for a bad one."""
-        ...
+    functions: Mapping[str, RowFunction]
+    columns: ColumnsByLocation = field(default_factory=dict)
+
+    def row(
+        self, prompt: Sequence[Message], completion: str, location: str, reference: str | None
+    ) -> CompletionRow:
+        """Return a completion of a prompt as the graders take it."""
+        turns = [*prompt, Message("assistant", completion)]
+        return completion_row(turns, location, reference=reference, columns=self.columns)
+
+    def grade(self, rows: Sequence[CompletionRow]) -> dict[str, Grades]:
+        """Return the grades of completions, by grader.
+
+        Raises:
+            UserError: a grader raised, or returned neither a number nor None.
+        """
+        return {name: _grade(name, function, rows) for name, function in self.functions.items()}
+
+    def notes(self, names: Sequence[str]) -> list[str]:
+        """Return a line for each parameter that nothing fills, given the names of the columns."""
+        return [
+            note
+            for name, function in self.functions.items()
+            for note in default_notes(function, names, what=f"grader '{name}'")
+        ]
+
+    def problems(self, prompts: Sequence[Conversation], names: Sequence[str]) -> list[Problem]:
+        """Return the problems of parameters that nothing fills, in any row or in some.
+
+        Args:
+            prompts: conversations that end with the expected reply.
+            names: the names of the columns.
+        """
+        rows = [self.row(row.messages[:-1], "", row.location, _reference(row)) for row in prompts]
+        problems: list[Problem] = []
+        for name, function in self.functions.items():
+            where = f"evaluate.graders.{name}"
+            unknown = column_problems(function, names, where=where)
+            problems += unknown or missing_value_problems(function, rows, where=where)
+        return problems
+
+
+def _grade(name: str, function: RowFunction, rows: Sequence[CompletionRow]) -> Grades:
+    where = f"evaluate.graders.{name}"
+    if function.is_batch:
+        return call_for_grades(lambda: function.call_batch(rows), len(rows), where=where)
+
+    def grade_one(row: CompletionRow) -> float | None:
+        return call_user_function(lambda *_: function.call(row), row.prompt, row.completion, where=where)
+
+    return [grade_one(row) for row in rows]
+
+
+def _reference(row: Conversation) -> str | None:
+    return row.messages[-1].content or None
 
 
 @dataclass(frozen=True)
@@ -34,8 +99,8 @@ class GenerationEval:
     Both hold conversations that end with the expected reply.
     """
 
-    graders: Mapping[str, Grader]
-    prompts: Sequence[Sequence[Message]]
+    graders: Graders
+    prompts: Sequence[Conversation]
     retention: Sequence[Sequence[Message]]
 
     def evaluate(self, run: RunDirectory, generate: GenerateFn, when: When) -> None:
@@ -45,30 +110,25 @@ class GenerationEval:
             UserError: a grader raised, returned no number, or skipped every prompt.
         """
         # A resumed run keeps the metrics that its first start recorded for the untrained model.
-        metric_names = [f"{EVAL_PREFIX}graders/{name}_{when}" for name in self.graders] + [
+        metric_names = [f"{EVAL_PREFIX}graders/{name}_{when}" for name in self.graders.functions] + [
             f"{EVAL_PREFIX}retention_{when}"
         ] * bool(self.retention)
         if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
         metrics = {}
-        if self.graders:
-            prompts = [prompt_text(conversation) for conversation in self.prompts]
-            completions = [
-                completion.text
-                for completion in generate([conversation[:-1] for conversation in self.prompts])
+        if self.graders.functions:
+            completions = generate([row.messages[:-1] for row in self.prompts])
+            rows = [
+                self.graders.row(prompt.messages[:-1], completion.text, prompt.location, _reference(prompt))
+                for prompt, completion in zip(self.prompts, completions, strict=True)
             ]
-            for name, grader in self.graders.items():
-                metrics[f"{EVAL_PREFIX}graders/{name}_{when}"] = mean_grade(
-                    name, grader, prompts, completions
-                )
+            for name, grades in self.graders.grade(rows).items():
+                metrics[f"{EVAL_PREFIX}graders/{name}_{when}"] = mean_grade(name, grades)
         if self.retention:
-            completions = [
-                completion.text
-                for completion in generate([conversation[:-1] for conversation in self.retention])
-            ]
+            completions = generate([conversation[:-1] for conversation in self.retention])
             # Both sides are stripped: the expected reply was rendered, and the completion decoded.
             correct = [
-                completion == conversation[-1].content
+                completion.text == conversation[-1].content
                 for completion, conversation in zip(completions, self.retention, strict=True)
             ]
             metrics[f"{EVAL_PREFIX}retention_{when}"] = sum(correct) / len(correct)
@@ -77,16 +137,22 @@ class GenerationEval:
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
         """Return the report's summary entries: metric -> (label, format)."""
-        grades = {f"{EVAL_PREFIX}graders/{name}": (f"grader: {name}", ".1%") for name in self.graders}
+        grades = {
+            f"{EVAL_PREFIX}graders/{name}": (f"grader: {name}", ".1%") for name in self.graders.functions
+        }
         return grades | {f"{EVAL_PREFIX}retention": ("retention: exact match", ".1%")}
 
 
 @dataclass(frozen=True)
 class GenerationEvals:
-    """All that a run generates before and after training: samples.jsonl, and the graders' completions."""
+    """All that a run generates before and after training: samples.jsonl, and the graders' completions.
+
+    ``notes`` are messages for the log.
+    """
 
     samples: Samples
     graded: GenerationEval
+    notes: Sequence[str] = ()
 
     @classmethod
     def load(
@@ -103,14 +169,10 @@ class GenerationEvals:
             UserError: a grader or the retention set cannot be loaded.
         """
         prompts = [row.messages for row in conversations]
-        graded = load_generation_eval(
-            settings.evaluate,
-            prompts,
-            encoder,
-            seed=settings.train.seed,
-            ignore_columns=tuple(settings.data.ignore_columns),
-        )
-        return cls(_select_samples(settings.evaluate, prompts, encoder), graded)
+        graded = load_generation_eval(settings, conversations, encoder)
+        columns = graded.graders.columns
+        notes = graded.graders.notes(columns.names) if isinstance(columns, RowColumns) else []
+        return cls(_select_samples(settings.evaluate, prompts, encoder), graded, notes)
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
@@ -140,16 +202,13 @@ def _select_samples(
     return Samples(selected, evaluate.samples, scored=evaluate.exact_match > 0)
 
 
-def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: Sequence[str]) -> float:
-    """Return a grader's mean over the completions that it does not skip.
+def mean_grade(name: str, grades: Grades) -> float:
+    """Return the mean of a grader's grades.
 
     Raises:
-        UserError: the grader raised, returned no number, or skipped every prompt.
+        UserError: the grader skipped every prompt.
     """
     where = f"evaluate.graders.{name}"
-    grades = [
-        call_user_function(grader, *pair, where=where) for pair in zip(prompts, completions, strict=True)
-    ]
     scored = [value for value in grades if value is not None]
     if not scored:
         actual = f"None for each of {len(grades)} prompts"
@@ -159,36 +218,34 @@ def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: S
 
 
 def load_generation_eval(
-    settings: EvaluateSettings,
-    prompts: Sequence[Sequence[Message]],
-    encoder: Encoder,
-    *,
-    seed: int,
-    ignore_columns: tuple[str, ...] = (),
+    settings: StageSettings, conversations: Sequence[Conversation], encoder: Encoder
 ) -> GenerationEval:
     """Load a recipe's graders and retention set.
 
     Args:
-        settings: the recipe's ``evaluate`` section.
-        prompts: held-out conversations; graders see ``grader_rows`` of them, evenly spaced.
+        settings: the recipe's settings.
+        conversations: held-out conversations; graders see ``grader_rows`` of them, evenly spaced.
         encoder: renders the expected replies with the template.
-        seed: selects the rows of the retention set.
-        ignore_columns: columns of the retention set that count as absent.
 
     Raises:
-        UserError: a grader or the retention set cannot be loaded.
+        UserError: a grader or the retention set cannot be loaded, or nothing fills a grader's parameter.
     """
-    graded = [prompts[index] for index in evenly_spaced(len(prompts), settings.grader_rows)]
+    evaluate = settings.evaluate
+    graded = [conversations[index] for index in evenly_spaced(len(conversations), evaluate.grader_rows)]
     retention: list[list[Message]] = []
-    if settings.retention is not None:
+    if evaluate.retention is not None:
         source = SourceSpec(
-            "evaluate.retention", settings.retention, "train", None, None, settings.retention_rows
+            "evaluate.retention", evaluate.retention, "train", None, None, evaluate.retention_rows
         )
-        source = replace(source, ignore_columns=ignore_columns)
-        rows = load_conversations(source, 0, seed, DataReport()).rows
+        source = replace(source, ignore_columns=tuple(settings.data.ignore_columns))
+        rows = load_conversations(source, 0, settings.train.seed, DataReport()).rows
         retention = [render_reply(row.messages, encoder) for row in rows]
-    return GenerationEval(
-        load_graders(settings.graders),
-        [render_reply(conversation, encoder) for conversation in graded],
-        retention,
-    )
+    prompts = [replace(row, messages=render_reply(row.messages, encoder)) for row in graded]
+    functions = load_graders(evaluate.graders)
+    if not functions:
+        return GenerationEval(Graders({}), prompts, retention)
+    columns = RowColumns(settings.data, [[row.location for row in prompts]])
+    graders = Graders(functions, columns)
+    if problems := graders.problems(prompts, columns.names):
+        raise UserError(problems)
+    return GenerationEval(graders, prompts, retention)

@@ -31,6 +31,7 @@ from finetune.recipe.console import Terminal
 from finetune.recipe.disk import writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.hub import check_hub
+from finetune.recipe.python_function import python_functions
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import prepare_terminal
@@ -83,9 +84,18 @@ def launch_stage(
         check_hub(recipe.settings)
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
+            _refuse_python_functions(recipe, num_processes)
             launch_processes(LaunchSpec(recipe, force, accept_changed_code, command), num_processes)
             force = False  # the workers finished the run: below it is only read
     return run_stage(recipe, console, force=force, accept_changed_code=accept_changed_code, command=command)
+
+
+def _refuse_python_functions(recipe: Recipe, num_processes: int) -> None:
+    """Raise UserError if the recipe has functions given in Python, which other processes cannot get."""
+    if function := next(python_functions(recipe.settings), None):
+        actual = f"{num_processes}, with the function {function.name} given in Python"
+        repair = f"put it into a file and name it rules.py:{function.name}; or train.num_processes=1"
+        raise UserError(Problem("train.num_processes", actual, "1 for functions given in Python", repair))
 
 
 def check_deepspeed_installed(strategy: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_templates.segments import REPLY_ROLES, Message
+from finetune.recipe.user_arguments import ColumnsByLocation, CompletionRow
 from finetune.training.generation import Completion
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
@@ -93,6 +94,25 @@ def prompt_text(conversation: Sequence[Message]) -> str:
     end = _last_reply_index(conversation)
     prompt = "\n".join(filter(None, (turn.full_text for turn in conversation[:end])))
     return f"{prompt}\n{conversation[end - 1].context}".strip()
+
+
+def completion_row(
+    conversation: Sequence[Message],
+    location: str,
+    *,
+    reference: str | None = None,
+    columns: ColumnsByLocation | None = None,
+) -> CompletionRow:
+    """Return the last reply of a conversation as the input of user functions.
+
+    Args:
+        conversation: turns that end with the reply.
+        location: location of the row.
+        reference: the row's own reply.
+        columns: columns of the rows, by location.
+    """
+    turns, completion = list(conversation[:-1]), conversation[-1].full_text
+    return CompletionRow(prompt_text(conversation), completion, reference, location, columns or {}, turns)
 
 
 def _last_reply_index(conversation: Sequence[Message]) -> int:

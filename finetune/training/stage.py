@@ -235,9 +235,9 @@ def train(ctx: "RunContext", method: Method) -> None:
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
     ctx.check(*check_warmup(ctx.settings.train.warmup, num_steps, ctx.schedule_part))
-    metadata = policy_metadata(ctx, method.text, method.policy, method.data.report) | {"steps": num_steps}
-    for name, section in sections.items():
-        metadata[name] = {**metadata[name], **section} if name in metadata else section
+    metadata = _metadata(ctx, method, sections) | {"steps": num_steps}
+    for note in evals.notes if evals else []:
+        ctx.log(note)
     with ctx.recorded(metadata, spec.with_summary(evals.summary if evals else {})):
         if evals:
             evals.run(ctx.run, generate, "before")
@@ -253,6 +253,14 @@ def train(ctx: "RunContext", method: Method) -> None:
         report_findings(ctx, spec, method.diagnose() if isinstance(method, Diagnoses) else [])
         # Last: a run that did not learn keeps its files, samples and findings.
         ctx.check(check_learned(), error=CheckFailedError)
+
+
+def _metadata(ctx: "RunContext", method: Method, sections: dict[str, Any]) -> dict[str, Any]:
+    """Return run.json's sections on data and policy, with those of the method."""
+    metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
+    for name, section in sections.items():
+        metadata[name] = {**metadata[name], **section} if name in metadata else section
+    return metadata
 
 
 def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Finding]" = ()) -> None:

@@ -70,9 +70,10 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus").mkdir()
     for name in ("a.txt", "b.md"):
         (folder / "corpus" / name).write_text("A text. " * 40, encoding="utf-8")
-    function = "def {}(prompt, reply):\n    return float(len(reply))\n"
+    function = "def {}(prompt, completion):\n    return float(len(completion))\n"
     (folder / "judge.py").write_text(function.format("happy_end"), encoding="utf-8")
-    (folder / "reward.py").write_text(function.format("reward"), encoding="utf-8")
+    for name in ("reward", "number", "form", "length"):
+        (folder / f"{name}.py").write_text(function.format(name), encoding="utf-8")
     (folder / "my-recipe.yaml").write_text("stage: sft\ndata: {source: my.jsonl}\n", encoding="utf-8")
     stages = "stages:\n  sft: {recipe: sft/quickstart}\n  dpo: {recipe: dpo/quickstart, from: sft}\n"
     (folder / "my-pipeline.yaml").write_text(stages, encoding="utf-8")

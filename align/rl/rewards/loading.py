@@ -8,17 +8,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.reward.function_reward import FunctionReward
 from align.reward.scorer import TOTAL, load_reward_model
-from align.rl.rewards.rewards import ModelReward, ReferenceAnswerReward, Rewards
+from align.rl.rewards.rewards import ModelReward, Rewards
 from align.rl.rewards.settings import RewardsSettings, reward_run_folder
+from finetune.data.row_columns import RowColumns
 from finetune.library_internals import base_quantization
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
-from finetune.recipe.user_function import EXPECTED_PARAMETER, has_parameter, load_user_function
+from finetune.recipe.user_arguments import RowFunction, column_problems, default_notes
+from finetune.recipe.user_function import load_user_function
 from finetune.training.save import file_sha256
 
 
 def load_rewards(
-    settings: RewardsSettings, *, base: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+    settings: RewardsSettings,
+    *,
+    base: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: RowColumns | None = None,
 ) -> Rewards:
     """Load reward models and reward functions.
 
@@ -27,24 +33,27 @@ def load_rewards(
         base: the policy's base model without an adapter: reward models share its weights, except fully
             fine-tuned ones; None: each loads its own base.
         tokenizer: the policy's tokenizer, for the length penalty.
+        columns: columns of the rows, for functions that take them; None: there are no rows.
 
     Raises:
-        UserError: a run is missing, of another stage, or damaged; a function's file is missing.
+        UserError: a run is missing, of another stage, or damaged; a function's file is missing, or nothing
+            fills one of its parameters.
     """
+    functions = _load_functions(settings, columns.names if columns is not None else [])
     runs = reward_runs(settings)
     # A run that gives several scores is loaded once.
     unique_runs = list(dict.fromkeys(runs.values()))
     # All of them before the first model is loaded, so that a damaged run is reported early.
     for run in unique_runs:
         _check_checksums(run)
-    sources: list[ModelReward | FunctionReward | ReferenceAnswerReward] = []
+    sources: list[ModelReward | FunctionReward] = []
+    notes: list[str] = []
     for index, source in enumerate(settings.sources):
         if source.function is not None:
-            function = load_user_function(source.function, where=f"rewards.sources[{index}].function")
-            if has_parameter(function, EXPECTED_PARAMETER):
-                sources.append(ReferenceAnswerReward(source.metric_name, source.weight, function))
-            else:
-                sources.append(FunctionReward(source.metric_name, source.weight, function, kind="reward"))
+            sources.append(functions[index])
+            if columns is not None:
+                what = f"reward '{source.metric_name}'"
+                notes += default_notes(functions[index].function, columns.names, what=what)
         else:
             model_index = unique_runs.index(runs[index])
             sources.append(ModelReward(source.metric_name, source.weight, model_index, source.score or TOTAL))
@@ -56,8 +65,28 @@ def load_rewards(
         if settings.unsafe_prompt_fn is not None
         else None,
         tokenizer=tokenizer,
-        notes=[note for run in unique_runs if base is not None for note in _storage_notes(run, base)],
+        notes=notes + [note for run in unique_runs if base is not None for note in _storage_notes(run, base)],
+        columns=columns if columns is not None else {},
     )
+
+
+def _load_functions(settings: RewardsSettings, columns: list[str]) -> dict[int, FunctionReward]:
+    """Return the reward functions by the index of their source.
+
+    Raises:
+        UserError: a file is missing, or nothing fills a parameter.
+    """
+    functions: dict[int, FunctionReward] = {}
+    problems: list[Problem] = []
+    for index, source in enumerate(settings.sources):
+        if source.function is not None:
+            where = f"rewards.sources[{index}].function"
+            function = RowFunction(load_user_function(source.function, where=where))
+            problems += column_problems(function, columns, where=where)
+            functions[index] = FunctionReward(source.metric_name, source.weight, function, kind="reward")
+    if problems:
+        raise UserError(problems)
+    return functions
 
 
 def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
@@ -84,7 +113,7 @@ def rewards_record(settings: RewardsSettings) -> list[dict[str, Any]]:
             entry |= {"run": str(runs[index]), "score": source.score or TOTAL}
             entry |= {key: record[key] for key in ("digest", "files")}
         else:
-            entry |= {"function": source.function}
+            entry |= {"function": str(source.function)}
         entries.append(entry)
     return entries
 

@@ -4,8 +4,7 @@ A weighted sum, Llama 2's piecewise reward, and a length penalty.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from align.reward.scorer import TOTAL, RewardModel
 from align.rl.rewards.settings import HELPFULNESS, LENGTH_PENALTY, SAFETY, RewardsSettings
 from data_templates.segments import Message
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import UserError
+from finetune.recipe.user_arguments import ColumnsByLocation, CompletionRow, missing_value_problems
 from finetune.recipe.user_function import call_for_number
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.samples import evenly_spaced, prompt_text
+from finetune.training.samples import completion_row, evenly_spaced
 
 Scores = np.ndarray
 """One number per completion: (C,) float64."""
@@ -27,7 +27,6 @@ Scores = np.ndarray
 Conversations = Sequence[Sequence[Message]]
 NUM_CHECKED_PROMPTS = 8
 """Number of prompts of the reward check before sampling starts."""
-NEEDS_REFERENCE_ANSWER = "a reference answer in each row, as in question/answer data"
 
 
 @dataclass(frozen=True)
@@ -52,38 +51,6 @@ class ModelReward:
 
 
 @dataclass(frozen=True)
-class ReferenceAnswerReward:
-    """A reward function that also takes the row's reference answer."""
-
-    name: str
-    weight: float
-    function: Callable[..., Any]
-
-    def scores(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        locations: Sequence[str],
-        expected: Sequence[str | None],
-    ) -> list[float]:
-        """Return the score of each completion.
-
-        Raises:
-            UserError: a row has no reference answer, or the function raised or did not return a number.
-        """
-        rows = zip(prompts, completions, locations, expected, strict=True)
-        return [self._score_row(*row) for row in rows]
-
-    def _score_row(self, prompt: str, completion: str, location: str, reference_answer: str | None) -> float:
-        where = f"reward '{self.name}' on {location}"
-        if reference_answer is None:
-            raise UserError(Problem(where, "the row has no reference answer", NEEDS_REFERENCE_ANSWER))
-        # By its name: the parameter may come before the others, or be keyword-only.
-        function = partial(self.function, expected=reference_answer)
-        return call_for_number(function, prompt, completion, where=where)
-
-
-@dataclass(frozen=True)
 class Rewards:
     """All rewards of a recipe.
 
@@ -94,14 +61,21 @@ class Rewards:
         unsafe_prompt_fn: user function (prompt) -> bool; None if the recipe has none.
         tokenizer: counts tokens for the length penalty.
         notes: messages for the log.
+        columns: columns of the rows by location, for functions that take them.
     """
 
     settings: RewardsSettings
-    sources: Sequence[ModelReward | FunctionReward | ReferenceAnswerReward]
+    sources: Sequence[ModelReward | FunctionReward]
     models: Sequence[RewardModel]
-    unsafe_prompt_fn: Callable[[str], Any] | None
+    unsafe_prompt_fn: Callable[..., Any] | None
     tokenizer: PreTrainedTokenizerBase
     notes: list[str]
+    columns: ColumnsByLocation = field(default_factory=dict)
+
+    @property
+    def functions(self) -> list[FunctionReward]:
+        """Return the rewards that are functions."""
+        return [source for source in self.sources if isinstance(source, FunctionReward)]
 
     @property
     def names(self) -> list[str]:
@@ -109,13 +83,19 @@ class Rewards:
         names = [source.name for source in self.sources]
         return [*names, LENGTH_PENALTY] if self.settings.length_penalty else names
 
-    def check_reference_answers(self, expected: Sequence[str | None], locations: Sequence[str]) -> None:
-        """Raise UserError if a reward function needs reference answers that some rows lack."""
-        functions = [source.name for source in self.sources if isinstance(source, ReferenceAnswerReward)]
-        missing = [location for location, answer in zip(locations, expected, strict=True) if answer is None]
-        if functions and missing:
-            actual = f"{len(missing)} of {len(locations)} rows have no reference answer (first: {missing[0]})"
-            raise UserError(Problem(f"reward '{functions[0]}'", actual, NEEDS_REFERENCE_ANSWER))
+    def check_values(self, expected: Sequence[str | None], locations: Sequence[str]) -> None:
+        """Raise UserError if a reward function has parameters that nothing fills in some rows."""
+        rows = [
+            CompletionRow("", "", answer, location, self.columns)
+            for answer, location in zip(expected, locations, strict=True)
+        ]
+        problems = [
+            problem
+            for source in self.functions
+            for problem in missing_value_problems(source.function, rows, where=f"reward '{source.name}'")
+        ]
+        if problems:
+            raise UserError(problems)
 
     def score(
         self,
@@ -140,25 +120,23 @@ class Rewards:
         # A process may have no completion in its shard.
         if not conversations:
             return RewardScores(np.zeros(0), {name: np.zeros(0) for name in self.names})
-        prompts, completions = (
-            [prompt_text(conversation) for conversation in conversations],
-            [conversation[-1].full_text for conversation in conversations],
-        )
+        answers = [None] * len(conversations) if expected is None else expected
+        rows = [
+            completion_row(conversation, location, reference=answer, columns=self.columns)
+            for conversation, location, answer in zip(conversations, locations, answers, strict=True)
+        ]
         # Each model runs once, however many of its scores are rewards.
         model_scores = [_model_scores(model, conversations, locations) for model in self.models]
         by_source: dict[str, Scores] = {}
         for source in self.sources:
             if isinstance(source, ModelReward):
                 by_source[source.name] = model_scores[source.model_index][source.score_name]
-            elif isinstance(source, ReferenceAnswerReward):
-                answers = [None] * len(conversations) if expected is None else expected
-                by_source[source.name] = np.asarray(source.scores(prompts, completions, locations, answers))
             else:
-                by_source[source.name] = np.asarray(source.scores(prompts, completions, locations))
-        total = self._combine(by_source, prompts)
+                by_source[source.name] = np.asarray(source.scores(rows))
+        total = self._combine(by_source, [row.prompt for row in rows])
         # After the combination, so that it applies to both kinds.
         if self.settings.length_penalty:
-            by_source[LENGTH_PENALTY] = self._length_penalty(completions)
+            by_source[LENGTH_PENALTY] = self._length_penalty([row.completion for row in rows])
             total = total + by_source[LENGTH_PENALTY]
         _raise_if_not_finite(by_source, locations)
         return RewardScores(total, by_source)
@@ -207,7 +185,7 @@ class Rewards:
         # `call_for_number` passes prompt and completion; this function takes the prompt alone.
         return bool(
             call_for_number(
-                lambda text, _: unsafe_prompt_fn(text), prompt, "", where="rewards.unsafe_prompt_fn"
+                lambda text, _: unsafe_prompt_fn(prompt=text), prompt, "", where="rewards.unsafe_prompt_fn"
             )
         )
 

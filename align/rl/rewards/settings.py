@@ -9,29 +9,26 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from align.reward.settings import RULE_ARGUMENTS
 from align.rl.rewards.run_info import DEFAULT_REWARD_NAME, RewardRunInfo, reward_run_info, same_base
 from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import is_recipe_name
+from finetune.recipe.python_function import PythonFunction
 from finetune.recipe.runs import find_run, read_finished_record
 from finetune.recipe.settings import (
     DataSettings,
     FiniteFloat,
+    FunctionName,
     ModelSettings,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     Section,
 )
-from finetune.recipe.user_function import (
-    EXPECTED_PARAMETER,
-    has_parameter,
-    load_user_function,
-    signature_problems,
-)
+from finetune.recipe.user_arguments import ROW_NAMES, signature_problems
+from finetune.recipe.user_function import load_user_function
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
 HELPFULNESS, SAFETY = "helpfulness", "safety"
@@ -50,10 +47,10 @@ class RewardSource(Section):
         "name; or reward/RECIPE, which runs first if needed",
     )
     score: NonEmptyStr | None = Field(None, description="head or rule of the run; null: the total reward")
-    function: NonEmptyStr | None = Field(
+    function: FunctionName | None = Field(
         None,
-        description="path/to/file.py:function; (prompt, completion) -> number or bool; a third "
-        "parameter `expected` receives the row's reference answer",
+        description="path/to/file.py:function; parameters are filled by name (prompt, completion, expected, "
+        "columns of the row); returns a number or bool",
     )
     name: NonEmptyStr | None = Field(None, description="name in metrics; null: name of the score or function")
     weight: FiniteFloat = Field(1.0, description="weight in the sum; 0: logged only")
@@ -61,6 +58,8 @@ class RewardSource(Section):
     @property
     def metric_name(self) -> str:
         """Return the name in metrics and messages."""
+        if isinstance(self.function, PythonFunction):
+            return self.name or self.function.name
         if self.function is not None:
             return self.name or self.function.rpartition(":")[2]
         return self.name or self.score or DEFAULT_REWARD_NAME
@@ -68,11 +67,14 @@ class RewardSource(Section):
 
 def _parse_sources(value: Any) -> Any:
     """Return sources as a list of mappings; a string is a run, or a function if it contains ``.py:``."""
-    entries = value if isinstance(value, list) else [value]
-    return [
-        {"function" if ".py:" in entry else "run": entry} if isinstance(entry, str) else entry
-        for entry in entries
-    ]
+    entries = value if isinstance(value, list | tuple) else [value]
+    return [_parse_source(entry) for entry in entries]
+
+
+def _parse_source(entry: Any) -> Any:
+    if callable(entry) or isinstance(entry, PythonFunction):
+        return {"function": entry}
+    return {"function" if ".py:" in entry else "run": entry} if isinstance(entry, str) else entry
 
 
 RewardSources = Annotated[
@@ -96,7 +98,7 @@ class RewardsSettings(Section):
         "sum",
         description="sum: weighted; llama2: safety if prompt or completion is unsafe, else helpfulness",
     )
-    unsafe_prompt_fn: NonEmptyStr | None = Field(
+    unsafe_prompt_fn: FunctionName | None = Field(
         None, description="for llama2: file.py:function; (prompt) -> bool, whether the prompt is unsafe"
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3: 0.15, on the sigmoid of the safety model's score.
@@ -198,17 +200,15 @@ def _source_problems(source: RewardSource, where: str) -> Iterator[Problem]:
         yield from _score_problems(source, where)
 
 
-def _reward_function_problems(text: str, where: str) -> list[Problem]:
+def _reward_function_problems(text: str | PythonFunction, where: str) -> list[Problem]:
     try:
         function = load_user_function(text, where=where)
     except UserError as error:
         return error.problems
-    takes_expected = has_parameter(function, EXPECTED_PARAMETER)
-    arguments = (*RULE_ARGUMENTS, EXPECTED_PARAMETER) if takes_expected else RULE_ARGUMENTS
-    return signature_problems(function, arguments, where=where)
+    return signature_problems(function, ROW_NAMES, where=where, has_columns=True)
 
 
-def _function_problems(text: str, arguments: tuple[str, ...], where: str) -> list[Problem]:
+def _function_problems(text: str | PythonFunction, arguments: tuple[str, ...], where: str) -> list[Problem]:
     try:
         return signature_problems(load_user_function(text, where=where), arguments, where=where)
     except UserError as error:

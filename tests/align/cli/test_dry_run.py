@@ -113,7 +113,7 @@ def test_all_mistakes_are_in_one_message(call: Call, tmp_path: Path) -> None:
     status, lines, err = call("sft", graders, "--out", "taken")
     assert (status, lines) == (2, []) and err.startswith("llm-align: 3 problems\n")
     assert "evaluate.graders.a: 'judge.py' has no function 'nope'" in err
-    assert "evaluate.graders.b: judge(prompt): too many positional arguments" in err
+    assert "evaluate.graders.b: judge(prompt) takes no `completion`" in err
     assert "--out taken: a file" in err
     status, lines, err = call("sft", graders, "train.strategy=ddp")
     assert (status, lines) == (2, []) and "ddp, with 1 process" in err and "no function 'nope'" in err
@@ -129,7 +129,7 @@ def test_all_mistakes_are_in_one_message(call: Call, tmp_path: Path) -> None:
 def test_examples_in_the_help_are_valid(call: Call, stage: str) -> None:
     rows = [{"prompt": f"Hi {number}", **REPLIES.get(stage, {})} for number in range(1500)]
     Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    Path("reward.py").write_text("def reward(prompt, reply):\n    return 0.0\n", encoding="utf-8")
+    Path("reward.py").write_text("def reward(prompt, completion):\n    return 0.0\n", encoding="utf-8")
     lines = str(cli.cli.commands[verb_of(stage)].epilog).splitlines()
     examples = [line.split("  ")[1].split()[1:] for line in lines if "--base" in line or "--data" in line]
     assert len(examples) == 2
@@ -138,7 +138,7 @@ def test_examples_in_the_help_are_valid(call: Call, stage: str) -> None:
 
 
 def test_one_reward_replaces_the_recipe_s_two(call: Call) -> None:
-    Path("reward.py").write_text("def reward(prompt, reply):\n    return 0.0\n", encoding="utf-8")
+    Path("reward.py").write_text("def reward(prompt, completion):\n    return 0.0\n", encoding="utf-8")
     status, lines, err = call("rejection", "llama2-chat", "--reward", "reward.py:reward")
     text = " ".join(" ".join(lines).split())
     assert (status, err) == (0, "") and 'rewards.combine "sum" default' in text

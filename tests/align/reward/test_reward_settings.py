@@ -79,7 +79,7 @@ def test_rules_are_checked_with_the_recipe(tmp_path: Path) -> None:
         f"{{name: b, function: '{file}.py:good'}}, {{name: reward, function: '{file}:good'}}]"
     )
     message = "\n".join(text for _, text in reported)
-    assert "did you mean 'good'?" in message and "a function that takes (prompt, completion)" in message
+    assert "did you mean 'good'?" in message and "few(prompt) takes no `completion`" in message
     assert (
         "does not exist" in message
         and "duplicate name 'reward'" in message

@@ -244,14 +244,15 @@ def test_an_invalid_rule_result_reports_rule_and_row(single: Result) -> None:
     from dataclasses import replace
 
     from align.reward.function_reward import FunctionReward
+    from finetune.recipe.user_arguments import RowFunction
 
     model = load_reward(single.directory)
     for function, message in (
-        (lambda p, c: float("nan"), "nan"),
-        (lambda p, c: "x", "'x'"),
-        (lambda p, c: 1 / 0, "Zero"),
+        (lambda prompt, completion: float("nan"), "nan"),
+        (lambda prompt, completion: "x", "'x'"),
+        (lambda prompt, completion: 1 / 0, "Zero"),
     ):
-        broken = replace(model, rules=[FunctionReward("odd", 1.0, function)])
+        broken = replace(model, rules=[FunctionReward("odd", 1.0, RowFunction(function))])
         with pytest.raises(UserError, match=f"rule 'odd' on completion 1(.|\n)*{message}"):
             broken.score(["p"], ["c"])
 

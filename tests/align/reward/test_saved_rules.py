@@ -8,6 +8,7 @@ import pytest
 from align.reward.function_reward import load_rules, save_rules
 from align.reward.settings import RuleSettings
 from finetune.recipe.errors import UserError
+from finetune.recipe.user_arguments import CompletionRow
 from finetune.training.atomic_files import atomic_folder
 
 
@@ -26,7 +27,9 @@ class Run:
 
 def rule_of(folder: Path, factor: int) -> RuleSettings:
     folder.mkdir()
-    (folder / "rules.py").write_text("import helper\n\ndef rule(p, c):\n    return helper.FACTOR * len(c)\n")
+    (folder / "rules.py").write_text(
+        "import helper\n\ndef rule(completion):\n    return helper.FACTOR * len(completion)\n"
+    )
     (folder / "helper.py").write_text(f"FACTOR = {factor}\n")
     return RuleSettings(name=folder.name, function=f"{folder}/rules.py:rule")
 
@@ -36,7 +39,7 @@ def test_a_rule_s_local_imports_are_saved_with_it(tmp_path: Path) -> None:
     save_rules([rule], run)  # type: ignore[arg-type]
     shutil.rmtree(tmp_path / "own")
     [loaded] = load_rules(run.path, [rule])
-    assert loaded.scores(["p"], ["four"], ["row 1"]) == [8.0]
+    assert loaded.scores([CompletionRow("p", "four")]) == [8.0]
 
 
 def test_two_local_files_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from align.reward.scorer import MAX_SHARED_COMPLETIONS, TOTAL, RewardModel
 from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
+from finetune.recipe.user_arguments import RowFunction
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIR = {"prompt": "Say it.", "chosen": "a long reply", "rejected": "short"}
@@ -32,7 +33,7 @@ def model() -> RewardModel:
         base.eval(),
         encoder,
         normalization={"help": (1.0, 2.0), "safety": (0.0, 0.5)},
-        rules=[FunctionReward("long", 100.0, lambda prompt, completion: len(completion))],
+        rules=[FunctionReward("long", 100.0, RowFunction(lambda prompt, completion: len(completion)))],
         length_limits=LengthLimits(48, 24),
         collator=RewardCollator(pad_id=encoder.tokenizer.unk_token_id or 0),
         tokens_per_forward=256,

@@ -26,10 +26,6 @@ def test_function_receives_the_reference_answer(rewards):
 
 
 def test_missing_reference_answer_is_reported(rewards):
-    conversations = [[Message("user", "How many?"), Message("assistant", "72")]]
-    for answers in (None, [None]):
-        with pytest.raises(UserError, match="reward 'same_number' on row 1: the row has no reference answer"):
-            rewards.score(conversations, ["row 1"], expected=answers)
-    rewards.check_reference_answers([SOLUTION], ["row 1"])
+    rewards.check_values([SOLUTION], ["row 1"])
     with pytest.raises(UserError, match=r"1 of 2 rows have no reference answer \(first: row 2\)"):
-        rewards.check_reference_answers([SOLUTION, None], ["row 1", "row 2"])
+        rewards.check_values([SOLUTION, None], ["row 1", "row 2"])

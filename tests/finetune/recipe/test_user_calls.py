@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ import torch
 
 from finetune.recipe import user_calls
 from finetune.recipe.errors import UserError, UserFunctionError
+from finetune.recipe.user_arguments import CompletionRow, RowFunction, signature_problems
 from finetune.recipe.user_calls import CALLS, CallLog, CallTimes, merge_call_times
 from finetune.recipe.user_function import (
     call_for_number,
     call_user_function,
-    has_parameter,
     load_user_function,
-    signature_problems,
 )
 
 NUMBERS = {
@@ -85,7 +83,11 @@ def test_what_is_no_finite_number_is_refused(make: Callable[[], Any], actual: st
         call_for_number(lambda prompt, reply: make(), "the prompt", "the reply", where="reward 'x' on row 3")
     [problem] = message.value.problems
     assert problem.where == "reward 'x' on row 3" and actual in problem.actual and repair in problem.repair
-    assert "the prompt" in problem.actual and "the reply" in problem.actual and len(problem.actual) < 500
+    assert (
+        "prompt 'the prompt'" in problem.actual
+        and "completion 'the reply'" in problem.actual
+        and len(problem.actual) < 500
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_anything_that_can_be_called_is_a_function(tmp_path: Path, name: str, va
     (tmp_path / "rules.py").write_text(FORMS)
     function = load_user_function(f"{tmp_path}/rules.py:{name}", where="here")
     assert signature_problems(function, ("prompt", "completion"), where="here") == []
-    assert function("p", "c") == value
+    assert RowFunction(function).call(CompletionRow("p", "c")) == value
 
 
 def test_a_class_is_refused_with_what_to_write(tmp_path: Path) -> None:
@@ -162,52 +164,6 @@ def test_a_class_is_refused_with_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one of general, called, method, anonymous, open") as message:
         load_user_function(f"{tmp_path}/rules.py:other", where="here")
     assert "Judge" not in str(message.value) and "functools" not in str(message.value)
-
-
-async def an_async_rule(prompt: str, completion: str) -> float:
-    return 1.0
-
-
-def a_generator_rule(prompt: str, completion: str) -> Any:
-    yield 1.0
-
-
-TWO, THREE = ("prompt", "completion"), ("prompt", "completion", "expected")
-SIGNATURES: list[tuple[Any, tuple[str, ...], str, str]] = [
-    (lambda prompt: 1, TWO, "too many positional arguments", ""),
-    (lambda prompt, completion, answer: 1, TWO, "missing a required argument: 'answer'", "named `expected`"),
-    (lambda prompt, completion, *, weight: 1, TWO, "missing a required argument: 'weight'", "a default"),
-    (lambda *, prompt, completion: 1, TWO, "too many positional arguments", ""),
-    (lambda completion, prompt: 1, TWO, "takes the completion first", "swap"),
-    (lambda response, prompt: 1, TWO, "takes the response first", "swap"),
-    (an_async_rule, TWO, "is an async function", "async def"),
-    (lambda expected, prompt, completion: 1, THREE, "multiple values for argument 'expected'", ""),
-]
-
-
-@pytest.mark.parametrize(("function", "parameters", "actual", "repair"), SIGNATURES)
-def test_signatures_that_cannot_be_called_are_refused_before_the_run(
-    function: Any, parameters: tuple[str, ...], actual: str, repair: str
-) -> None:
-    [problem] = signature_problems(function, parameters, where="here")
-    assert actual in problem.actual and repair in problem.repair
-
-
-@pytest.mark.parametrize(
-    ("function", "parameters"),
-    [
-        (lambda prompt, completion, extra=1: 1, TWO),
-        (lambda prompt, completion, **rest: 1, TWO),
-        (lambda text, reply: 1, TWO),
-        (lambda prompt, completion, expected: 1, THREE),
-        (lambda prompt, completion, *, expected: 1, THREE),
-        (partial(lambda scale, prompt, completion: 1, 2.0), TWO),
-        (lru_cache(lambda prompt, completion: 1), TWO),
-    ],
-)
-def test_signatures_that_can_be_called_are_taken(function: Any, parameters: tuple[str, ...]) -> None:
-    assert signature_problems(function, parameters, where="here") == []
-    assert has_parameter(function, "expected") == ("expected" in parameters)
 
 
 def test_calls_are_counted_and_a_slow_one_is_reported_while_it_runs(

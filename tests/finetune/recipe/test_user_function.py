@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe.errors import UserError
-from finetune.recipe.user_function import function_file, load_user_function, signature_problems
+from finetune.recipe.user_arguments import signature_problems
+from finetune.recipe.user_function import function_file, load_user_function
 
 RULES = """\
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def test_wrong_parameters_are_reported(rules: Path) -> None:
     function = load_user_function("rules.py:ends_happily", where="here")
     assert signature_problems(function, ("prompt", "completion"), where="here") == []
     [problem] = signature_problems(function, ("prompt",), where="here")
-    assert "missing a required argument: 'completion'" in problem.actual
-    assert problem.expected == "a function that takes (prompt)"
+    assert "nothing fills the parameter 'completion'" in problem.actual
+    assert problem.expected == "parameters named prompt"
 
 
 @pytest.mark.parametrize(

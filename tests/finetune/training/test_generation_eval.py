@@ -9,19 +9,20 @@ import pytest
 from fixture_types import Tune
 
 from data_templates.segments import Message
+from finetune.data.conversation import Conversation
 from finetune.recipe.errors import UserError
-from finetune.recipe.user_function import load_graders
+from finetune.recipe.user_arguments import RowFunction, load_graders
 from finetune.training.generation import Completion
-from finetune.training.generation_eval import GenerationEval, mean_grade
+from finetune.training.generation_eval import GenerationEval, Graders, mean_grade
 
 GRADER = """
-def longer(prompt, reply):
-    return None if "no" in prompt else len(reply) > 2
+def longer(prompt, completion):
+    return None if "no" in prompt else len(completion) > 2
 
-def loud(prompt, reply):
-    return reply.count("!")
+def loud(completion):
+    return completion.count("!")
 
-def broken(prompt, reply):
+def broken(prompt, completion):
     raise KeyError("score")
 
 def alone(prompt):
@@ -36,8 +37,8 @@ def grader(tmp_path: Path) -> str:
     return str(path)
 
 
-def conversation(question: str, answer: str) -> list[Message]:
-    return [Message("user", question), Message("assistant", answer)]
+def conversation(question: str, answer: str) -> Conversation:
+    return Conversation([Message("user", question), Message("assistant", answer)], "rows.jsonl:1")
 
 
 class Record:
@@ -55,17 +56,19 @@ def echo(prompts: Sequence[Sequence[Message]]) -> list[Completion]:
 
 
 def test_a_grader_may_skip_prompts(grader: str) -> None:
-    graders = load_graders({"longer": f"{grader}:longer"})
-    prompts = ["yes", "yes", "no", "yes"]
-    assert mean_grade("longer", graders["longer"], prompts, ["abc", "a", "abc", "abcd"]) == 2 / 3
+    graders = Graders(load_graders({"longer": f"{grader}:longer"}))
+    pairs = [("yes", "abc"), ("yes", "a"), ("no", "abc"), ("yes", "abcd")]
+    rows = [graders.row([Message("user", prompt)], text, "rows.jsonl:1", None) for prompt, text in pairs]
+    grades = graders.grade(rows)["longer"]
+    assert grades == [1, 0, None, 1] and mean_grade("longer", grades) == 2 / 3
 
 
 def test_graders_and_retention_before_and_after(grader: str) -> None:
     graders = load_graders({"longer": f"{grader}:longer", "loud": f"{grader}:loud"})
     generation_eval = GenerationEval(
-        graders,
+        Graders(graders),
         [conversation("ab", "?"), conversation("abc!!", "?")],
-        [conversation("7", "7"), conversation("8", "9")],
+        [conversation("7", "7").messages, conversation("8", "9").messages],
     )
     run = Record()
     generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
@@ -82,7 +85,9 @@ def test_graders_and_retention_before_and_after(grader: str) -> None:
 def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
     run = Record()
     run.record["metrics"] = {"eval/graders/loud_before": 0.25}
-    generation_eval = GenerationEval(load_graders({"loud": f"{grader}:loud"}), [conversation("a", "b")], [])
+    generation_eval = GenerationEval(
+        Graders(load_graders({"loud": f"{grader}:loud"})), [conversation("a", "b")], []
+    )
     generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
     assert run.record["metrics"] == {"eval/graders/loud_before": 0.25}
 
@@ -90,7 +95,7 @@ def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("high", "it returned 'high'; prompt 'q', reply 'r'"),
+        ("high", "it returned 'high'; prompt 'q', completion 'r'"),
         (float("nan"), "it returned nan"),
         (None, "None for each of 1 prompts"),
         (None, "repair:   it grades other data: evaluate.graders={}"),
@@ -98,7 +103,8 @@ def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
 )
 def test_a_grader_without_a_number_is_named(value: object, message: str) -> None:
     with pytest.raises(UserError) as error:
-        mean_grade("tone", lambda prompt, reply: value, ["q"], ["r"])  # type: ignore[arg-type,return-value]
+        graders = Graders({"tone": RowFunction(lambda prompt, completion: value)})
+        mean_grade("tone", graders.grade([graders.row([Message("user", "q")], "r", "", None)])["tone"])
     assert "evaluate.graders.tone" in str(error.value) and message in str(error.value)
 
 
@@ -109,7 +115,7 @@ def test_all_invalid_graders_are_reported(grader: str) -> None:
         "evaluate.graders.one",
         "evaluate.graders.two",
     ]
-    assert "takes (prompt, reply)" in str(error.value)
+    assert "takes no `completion`" in str(error.value)
 
 
 def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "wrong arguments": (
         lambda at: ([f"{at['file']}:few"], {}),
         "rewards.sources[0].function",
-        "a function that takes (prompt, completion)",
+        "few(prompt) takes no `completion`",
     ),
     "a score of a function": (
         lambda at: ([{"function": f"{at['file']}:good", "score": "x"}], {}),
@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "risky of two arguments": (
         lambda at: ([at["lone"]], {"unsafe_prompt_fn": f"{at['file']}:good"}),
         "rewards.unsafe_prompt_fn",
-        "a function that takes (prompt)",
+        "parameters named prompt\n",
     ),
     "nothing counts": (
         lambda at: ([{"run": at["lone"], "weight": 0.0}], {}),

@@ -122,7 +122,7 @@ def test_failing_reward_function_names_prompt_and_completion(
         loaded_rewards.score(CONVERSATIONS, LOCATIONS)
     [problem] = error.value.problems
     assert problem.where.startswith(f"reward '{name}' on prompt ") and message in problem.actual
-    assert "prompt 'Add the numbers. 1', reply" in problem.actual
+    assert "prompt 'Add the numbers. 1', completion" in problem.actual
 
 
 def test_rewards_are_checked_on_empty_completions_before_sampling(
