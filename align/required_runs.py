@@ -15,6 +15,7 @@ from align.data_check import data_problems
 from align.planner.process_memory import with_checked_processes
 from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
+from finetune.distributed.deepspeed_setup import check_deepspeed_installed
 from finetune.distributed.hardware import detect_devices
 from finetune.distributed.rank import dist_info
 from finetune.distributed.solver import LaunchTarget, resolve
@@ -25,7 +26,7 @@ from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import FINISHED, RUNS_FOLDER, find_run
 from finetune.recipe.user_arguments import load_graders
-from finetune.training.launch import check_deepspeed_installed, launch_stage
+from finetune.training.launch import launch_stage
 from finetune.training.run_directory import RunDirectory
 
 

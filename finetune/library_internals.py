@@ -5,6 +5,7 @@ upgrade changes one of them, ``tests/finetune/test_library_internals.py`` fails.
 must override are in ``finetune/adapters/_wrapping.py``.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,6 +159,16 @@ def zero3_shard(param: Tensor) -> Tensor:
     """Return this rank's shard of a partitioned parameter (``ds_tensor``)."""
     shard: Tensor = param.ds_tensor  # type: ignore[attr-defined]
     return shard
+
+
+def torch_extensions_folder() -> Path:
+    """Return the folder of the extensions that torch compiles for this Python and device.
+
+    torch 2.13, ``utils/cpp_extension.py``: without ``TORCH_EXTENSIONS_DIR`` it is in the user's cache.
+    """
+    from torch.utils.cpp_extension import _get_build_directory  # noqa: PLC0415 - for ZeRO only
+
+    return Path(_get_build_directory("", verbose=False))
 
 
 def replace_deepspeed_plugin(arguments: "TrainingArguments") -> None:

@@ -92,8 +92,8 @@ def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     epochs = preview_data["epochs"]
     console.print(
         f"{epochs:.3g} epoch{'' if epochs == 1 else 's'} in batches of {preview_data['batch_size']}: "
-        f"[bold]{preview_data['steps']:,}[/] "
-        f"optimizer steps, [bold]{preview_data['token_budget']:,}[/] tokens, "
+        f"[bold]{preview_data['steps']:,}[/] optimizer step{'' if preview_data['steps'] == 1 else 's'}, "
+        f"[bold]{preview_data['token_budget']:,}[/] tokens, "
         f"{preview_data['trained_token_budget']:,} of them trained",
         highlight=False,
         soft_wrap=True,

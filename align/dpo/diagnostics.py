@@ -126,6 +126,11 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
     )
 
 
+def _margin_gain(inputs: DiagnosticInputs) -> float:
+    """Return the increase of the training pairs' margin, which is 0 before training."""
+    return inputs.metrics.get("rewards/margins_after", 0.0)
+
+
 def _chosen_logp_drop(inputs: DiagnosticInputs) -> Finding | None:
     chosen, rejected = (_logp_change(inputs.metrics, side) for side in ("chosen", "rejected"))
     if chosen is None or rejected is None:
@@ -181,7 +186,8 @@ def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
     action = "fewer train.epochs or more pairs; dpo.loss=ipo or cdpo lets margins stop growing"
     if gap > MAX_ACCURACY_GAP and train_accuracy >= HIGH_ACCURACY:
         return Finding("overfit", evidence, "training pairs are memorized and do not generalize", action)
-    if train_accuracy >= SATURATED_ACCURACY:
+    # With a margin of nearly 0 nothing was learned yet, however many pairs have the right sign.
+    if train_accuracy >= SATURATED_ACCURACY and _margin_gain(inputs) >= MIN_MARGIN_GAIN:
         meaning = "every training pair is ranked correctly: further steps only widen the margins"
         return Finding("saturated", evidence, meaning, action)
     return None

@@ -27,6 +27,7 @@ from finetune.data.cache import DamagedCacheError, cache_path, read_cached, writ
 from finetune.distributed import collectives
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.distributed.rank import dist_info
+from finetune.distributed.sharding import is_sharded, local_shard, reshard
 from finetune.library_internals import attention_implementation
 from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.training.context import RunContext
@@ -214,18 +215,26 @@ def reference_cache_file(model: nn.Module, key: Mapping[str, Any], groups: Prefe
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest of a model: weights, buffers, model config and adapter configs."""
+    """Return a digest of a model: weights, buffers, model config and adapter configs.
+
+    A collective if the weights are sharded: the digest is that of all ranks' digests of their shards.
+    """
     digest = hashlib.sha256()
     configs = [unwrap_model(model).config.to_dict()]
     if isinstance(model, PeftModel):
         configs += [config.to_dict() for config in model.peft_config.values()]
     digest.update(json.dumps(configs, sort_keys=True, default=_json_default).encode())
-    for name, value in sorted(model.state_dict().items()):
+    reshard(model)
+    # keep_vars: ZeRO-3's parameters are empty but for their shards, which only the parameter itself has.
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            shard = local_shard(value).detach().contiguous().cpu()
             # As bytes: NumPy has no bfloat16.
-            digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            digest.update(shard.reshape(-1).view(torch.uint8).numpy().data)
+    if not is_sharded(model):
+        return digest.hexdigest()
+    return hashlib.sha256("".join(all_gather_object(digest.hexdigest())).encode()).hexdigest()
 
 
 def _json_default(value: object) -> object:

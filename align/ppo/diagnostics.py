@@ -1,9 +1,11 @@
 """Metrics of a PPO run, and the findings on a finished one: reward, KL, length, diversity, updates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import log
 
 from align.ppo.settings import PPOSettings, Settings
-from align.rl.first_completions import MIN_EOS_RATE
+from align.rl.first_completions import ENDINGS_REPAIR, MIN_EOS_RATE
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
@@ -59,8 +61,8 @@ MAX_GRADER_DROP = 0.05
 PPO_LARGE_KL = 25.0
 """KL in nats per completion, our choice: proxy and gold reward diverge with the KL, sooner for a smaller
 reward model (arXiv 2210.10760)."""
-NEGATIVE_KL = -0.05
-"""KL in nats per completion below which a negative value is not estimation noise."""
+NOISE_PROBABILITY = 1e-6
+"""Probability of a negative KL estimate below which sampling noise does not explain it."""
 LARGE_CLIP_FRAC = 0.3
 """Clip fraction above which most of a rollout's updates have no effect."""
 LARGE_LENGTH_RATIO, SMALL_LENGTH_RATIO = 1.5, 0.5
@@ -94,7 +96,7 @@ def ppo_metric_spec(settings: Settings) -> MetricSpec:
 
 
 def diagnose_ppo(
-    metrics: RunMetrics, completions: Sequence[tuple[str, str]], ppo: PPOSettings
+    metrics: RunMetrics, completions: Sequence[tuple[str, str]], ppo: PPOSettings, *, num_held_out: int
 ) -> list[Finding]:
     """Return the findings of a run, most important first.
 
@@ -102,8 +104,18 @@ def diagnose_ppo(
         metrics: the metrics of run.json.
         completions: pairs of completions of the same prompt, before and after training.
         ppo: the recipe's hyperparameters, for the advice.
+        num_held_out: completions in each mean over held-out prompts.
     """
-    findings = [diagnostic(metrics, ppo) for diagnostic in PPO_DIAGNOSTICS]
+    diagnostics: tuple[Callable[[RunMetrics, PPOSettings], Finding | None], ...] = (
+        _reward_gain,
+        _grader_change,
+        partial(_kl_to_reference, num_completions=num_held_out),
+        _reference_perplexity,
+        _length_change,
+        _diversity,
+        _update_health,
+    )
+    findings = [diagnostic(metrics, ppo) for diagnostic in diagnostics]
     findings.append(
         repetition_finding(completions, "raise ppo.kl_coef, lower train.learning_rate, or train shorter")
     )
@@ -155,15 +167,19 @@ def _grader_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     return Finding("graders", evidence, "graders outside the reward changed little")
 
 
-def _kl_to_reference(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
+def _kl_to_reference(metrics: RunMetrics, ppo: PPOSettings, *, num_completions: int) -> Finding | None:
     kl = _before_and_after(metrics, "objective/kl_per_completion")
     if kl is None:
         return None
     # Before training the policy is the reference, and the KL is 0.
     after = kl[1]
     evidence = f"{after:.2f} nats per completion from the reference"
-    if after < NEGATIVE_KL:
-        meaning = "a KL is never negative: sampling distribution and log-probabilities do not match"
+    # The mean of ref(y) / policy(y) = exp(-k1) over sampled completions is 1. By Markov's inequality, n
+    # estimates k1 have a mean below -t with a probability of at most exp(-n t).
+    if num_completions * after < log(NOISE_PROBABILITY):
+        meaning = (
+            f"a KL is never negative, and sampling noise of {num_completions} completions does not explain it"
+        )
         return Finding("KL", evidence, meaning, "this is a bug: please report it with the run's recipe.yaml")
     if after > PPO_LARGE_KL:
         meaning = "large: a reward model is not reliable this far from its training data"
@@ -195,8 +211,7 @@ def _length_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     if eos_rate[1] < eos_rate[0] - MAX_EOS_RATE_DROP:
         return Finding("length", evidence, "fewer completions end with EOS", _missing_eos_action(ppo))
     if eos_rate[1] < MIN_EOS_RATE:
-        action = "raise sampling.max_new_tokens, or start from a model that ends its replies"
-        return Finding("length", evidence, "almost no completion ends with EOS", action)
+        return Finding("length", evidence, "almost no completion ends with EOS", ENDINGS_REPAIR)
     if after > LARGE_LENGTH_RATIO * before:
         return Finding(
             "length",
@@ -255,14 +270,3 @@ def _update_health(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
         meaning = "the value model predicts worse than a constant"
         return Finding("updates", evidence, meaning, "raise ppo.value_coef or ppo.value_learning_rate")
     return Finding("updates", evidence, "updates within bounds, and the value model predicts the returns")
-
-
-PPO_DIAGNOSTICS: tuple[Callable[[RunMetrics, PPOSettings], Finding | None], ...] = (
-    _reward_gain,
-    _grader_change,
-    _kl_to_reference,
-    _reference_perplexity,
-    _length_change,
-    _diversity,
-    _update_health,
-)

@@ -9,6 +9,7 @@ from finetune.training.preflight.checks import CheckResult
 
 MIN_EOS_RATE = 0.1
 """EOS rate below which almost no reward is of a complete reply."""
+ENDINGS_REPAIR = "raise sampling.max_new_tokens, or start from a model that ends its replies (--from RUN)"
 
 
 def check_endings(ended_with_eos: Sequence[bool], max_new_tokens: int) -> list[CheckResult]:
@@ -17,8 +18,7 @@ def check_endings(ended_with_eos: Sequence[bool], max_new_tokens: int) -> list[C
     if not total or num_ended >= MIN_EOS_RATE * total:
         return []
     detail = f"{num_ended} of the first {total} completions end within {max_new_tokens} tokens"
-    repair = "raise sampling.max_new_tokens, or start from a model that ends its replies (--from RUN)"
-    return [CheckResult("endings", f"{detail}: {repair}", warned=True)]
+    return [CheckResult("endings", f"{detail}: {ENDINGS_REPAIR}", warned=True)]
 
 
 def check_missing_eos_reward(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from align.ppo.metrics import HeldOutEvaluation
     from align.ppo.pretraining import PretrainingMix
     from align.ppo.trainer import PPOTrainer
-    from align.rl.prompts import PreparedPrompts
+    from align.rl.prompts import PreparedPrompts, Prompt
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.generation_eval import GenerationEvals
@@ -170,14 +170,22 @@ class PPO:
 
         run = self.ctx.run
         completions = [(entry["before"], entry["after"]) for entry in run.samples()]
-        return diagnose_ppo(run.record["metrics"], completions, self.ctx.settings.ppo)
+        num_held_out = len(self._held_out_prompts())
+        return diagnose_ppo(
+            run.record["metrics"], completions, self.ctx.settings.ppo, num_held_out=num_held_out
+        )
 
     def _held_out_evaluation(self, rollouts: Rollouts) -> HeldOutEvaluation | None:
         from align.ppo.metrics import HeldOutEvaluation
+
+        prompts, seed = self._held_out_prompts(), self.ctx.settings.train.seed
+        return HeldOutEvaluation(prompts, self.evals.graded.graders, rollouts, seed) if prompts else None
+
+    def _held_out_prompts(self) -> list[Prompt]:
+        """Return the held-out prompts of which one completion each is evaluated; empty without."""
         from finetune.training.samples import evenly_spaced
 
-        settings, held_out = self.ctx.settings, self.data.held_out
+        held_out, count = self.data.held_out, self.ctx.settings.evaluate.grader_rows
         if held_out is None:
-            return None
-        prompts = [held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.grader_rows)]
-        return HeldOutEvaluation(prompts, self.evals.graded.graders, rollouts, settings.train.seed)
+            return []
+        return [held_out[index] for index in evenly_spaced(len(held_out), count)]

@@ -30,11 +30,11 @@ def full_numel(param: nn.Parameter) -> int:
     return zero3_full_shape(param).numel()
 
 
-def local_shard(param: nn.Parameter) -> Tensor:
-    """Return this rank's shard of a parameter, or all of it."""
-    if is_zero3_param(param):
-        return zero3_shard(param)
-    return param.data.to_local() if isinstance(param.data, DTensor) else param.data
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a parameter or buffer, or all of it."""
+    if is_zero3_param(tensor):
+        return zero3_shard(tensor)
+    return tensor.data.to_local() if isinstance(tensor.data, DTensor) else tensor.data
 
 
 def local_numel(param: nn.Parameter) -> int:

@@ -353,6 +353,13 @@ class EvaluateSettings(Section):
     )
     retention_rows: PositiveInt = Field(100, description="number of rows of the retention set to use")
 
+    def input_digests(self, function_digest: Callable[..., str]) -> list[str]:
+        """Return the digests of the graders' files, part of the run's fingerprint."""
+        return [
+            function_digest(text, where=f"evaluate.graders.{name}")
+            for name, text in sorted(self.graders.items())
+        ]
+
 
 class AdapterSettings(Section):
     """Settings of every adapter: its method, the name of a file of finetune/adapters/."""

@@ -33,6 +33,7 @@ from finetune.recipe.runs import FORMAT, STOPPED
 from finetune.recipe.user_calls import CALLS, merge_call_times
 from finetune.training.checkpoints import complete_steps
 from finetune.training.fingerprint import function_digests, parent_run_record
+from finetune.training.library_errors import run_errors
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
@@ -168,6 +169,7 @@ class RunContext(Generic[SettingsT]):
             NotFiniteError: loss or gradient is NaN or infinite.
             StorageError: the disk is full or read-only, or the folder is gone.
             UserError: a check failed during the run.
+            LibraryError: a library raised an exception.
         """
         collectives.barrier()  # every rank has read the folder before rank 0 changes it
         with (
@@ -178,7 +180,7 @@ class RunContext(Generic[SettingsT]):
             if self.run.replaced:
                 self.run.clear()
             try:
-                with writing_inside(self.run.path):
+                with writing_inside(self.run.path), run_errors(self.dist.world_size):
                     self._write_initial_record(metadata)
                     collectives.barrier()  # no rank may read a file of a replaced run
                     self.is_recording = True

@@ -27,7 +27,6 @@ MAX_ZERO_GRADIENT_FRACTION = 0.5
 """Fraction of steps with a zero gradient from which most of the training is without effect."""
 NORMAL_DEVIATION = 0.6745
 """Median absolute value of a normal variable, in standard deviations."""
-EOS_RATE = "val/eos_rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +180,7 @@ def _gradients(curves: RunCurves) -> Finding | None:
 
 
 def _endings(curves: RunCurves) -> Finding | None:
-    """Completions that never end with EOS: in RL the sampled ones, otherwise those of samples.jsonl."""
-    sampled = [value for name in (EOS_RATE, EVAL_PREFIX + EOS_RATE) for _, value in curves.points(name)]
-    if sampled and not any(sampled):
-        evidence = f"none of the sampled completions ended with EOS, up to step {curves.last_step}"
-        action = "raise sampling.max_new_tokens, or start from a model that ends its replies (--from RUN)"
-        return Finding("endings", evidence, "no reward was of a complete reply", action)
+    """Completions of samples.jsonl that never end with EOS; RL checks its first sampled ones itself."""
     before, after = (curves.metrics.get(f"samples/eos_rate_{when}") for when in ("before", "after"))
     if after is None or after > 0 or curves.documents:
         return None

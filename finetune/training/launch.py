@@ -16,17 +16,16 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from finetune.distributed.deepspeed_setup import check_deepspeed_installed, check_extension_builds
 from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFiniteError
 from finetune.distributed.rank import dist_info
-from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.console import Terminal
 from finetune.recipe.disk import writing
 from finetune.recipe.errors import Problem, UserError
@@ -74,6 +73,7 @@ def launch_stage(
         LostProcessError: a process died.
     """
     check_deepspeed_installed(recipe.settings.train.strategy)
+    check_extension_builds(recipe.settings.train.strategy)
     dist = dist_info()
     if dist.world_size > 1:
         rank_console = console if dist.is_main else Terminal(quiet=True)
@@ -96,13 +96,6 @@ def _refuse_python_functions(recipe: Recipe, num_processes: int) -> None:
         actual = f"{num_processes}, with the function {function.name} given in Python"
         repair = f"put it into a file and name it rules.py:{function.name}; or train.num_processes=1"
         raise UserError(Problem("train.num_processes", actual, "1 for functions given in Python", repair))
-
-
-def check_deepspeed_installed(strategy: str) -> None:
-    """Raise UserError for ZeRO without DeepSpeed installed."""
-    if strategy in ZERO_STAGES and find_spec("deepspeed") is None:
-        repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"
-        raise UserError(Problem("train.strategy", f"{strategy}, without DeepSpeed", "DeepSpeed", repair))
 
 
 @dataclass(frozen=True)

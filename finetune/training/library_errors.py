@@ -7,7 +7,7 @@ of ours, and stays as it is.
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -82,6 +82,19 @@ def adapter_errors(
     if first_pass and adapter.method != FULL:
         step = f"{step}, in the first pass"
     return library_errors(where, step, expected=expected, repair=repair)
+
+
+def run_errors(num_processes: int) -> AbstractContextManager[None]:
+    """Translate exceptions after the first pass: of steps, evaluation, generation and saving.
+
+    With several processes only the first cause is of use: when one of them dies, the libraries of the others
+    raise too. The launcher tells them apart, and they stay as they are.
+    """
+    if num_processes > 1:
+        return nullcontext()
+    expected = "settings that the libraries accept in every step"
+    repair = "the same command resumes from the last checkpoint; if it fails again, other settings or rows"
+    return library_errors("train", "the run stopped", expected=expected, repair=repair)
 
 
 def to_library_error(error: Exception, *, where: str, step: str, expected: str, repair: str) -> LibraryError:

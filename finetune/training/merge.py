@@ -26,7 +26,7 @@ from finetune.training.inference_files import save_inference_files
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.model import DTYPES
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.reopen import Difference, Loading, Probe, logits_difference, reopen_model
+from finetune.training.reopen import Difference, Loading, Logits, Probe, logits_difference, reopen_model
 from finetune.training.run_directory import MERGED
 from finetune.training.save import verify_model
 
@@ -74,19 +74,44 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
         note = save_inference_files(folder, to_save, loaded.encoder)
         # Freed before the saved one is loaded.
         del loaded, merged, to_save
-        reopened = reopen_model(folder, loading, probe)
-        Difference(logits_difference(reopened, in_memory), bound).require(folder)
-        difference = Difference(logits_difference(reopened, trained), bound)
-        difference.require(folder, expected="base with adapter")
-    if report:
-        report(
-            CheckResult(
-                "merged", f"reopened, logits of base with adapter and of the merged model {difference}"
-            )
+        merged_result = check_merged(
+            folder, loading, probe, in_memory=in_memory, trained=trained, bound=bound
         )
+    if report:
+        report(merged_result)
         if note:
-            report(CheckResult("chat template", note, warned=True))
+            report(report_unsaved_template(note))
     return run / MERGED
+
+
+def check_merged(
+    folder: Path, loading: Loading, probe: Probe, *, in_memory: Logits, trained: Logits, bound: float
+) -> CheckResult:
+    """Check that the merged model, reopened, has the logits of base with adapter and of the one in memory.
+
+    Args:
+        folder: the saved model.
+        loading: how it is loaded.
+        probe: the rows.
+        in_memory: the merged model's logits before it was saved.
+        trained: the logits of base with adapter.
+        bound: the difference that rounding explains.
+
+    Raises:
+        UserError: the logits differ by more.
+    """
+    reopened = reopen_model(folder, loading, probe)
+    Difference(logits_difference(reopened, in_memory), bound).require(folder)
+    difference = Difference(logits_difference(reopened, trained), bound)
+    difference.require(folder, expected="base with adapter")
+    return CheckResult(
+        "merged", f"reopened, logits of base with adapter and of the merged model {difference}"
+    )
+
+
+def report_unsaved_template(note: str) -> CheckResult:
+    """Report why the run's template is not the chat template of the merged model's tokenizer."""
+    return CheckResult("chat template", note, warned=True)
 
 
 def _merged(model: nn.Module, adapter: Path, *, quantized: bool) -> PreTrainedModel:

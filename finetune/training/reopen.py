@@ -215,7 +215,7 @@ def _check_keys(folder: Path, *, missing: Sequence[str], unexpected: Sequence[st
 
 def reopen_error(where: Path, actual: str, expected: str = "the model in memory") -> UserError:
     """Return the error for files that do not hold the model in memory."""
-    repair = "this is a bug in llm-align or in the library that saved them; the last checkpoint is kept"
+    repair = "this is a bug in llm-align or in the library that saved them; the run's other files are kept"
     return UserError(Problem(f"saved weights ({where})", actual, expected, repair))
 
 

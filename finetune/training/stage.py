@@ -170,7 +170,7 @@ def run_stage(
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
-        LibraryError: a library raised an exception before the first step; run.json has its traceback.
+        LibraryError: a library raised an exception; run.json has its traceback.
         Interrupted: a signal came, or nobody reads the output; a checkpoint was saved.
         StorageError: the disk is full or read-only; the last checkpoint is left.
         NotFiniteError: loss, gradient or a reward became NaN or infinite.

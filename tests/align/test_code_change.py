@@ -172,3 +172,15 @@ def test_a_changed_local_import_is_a_change_of_code(make: Make) -> None:
     Path("helper.py").write_text("SCALE = 2\n")
     change = find_code_change(make("run"), run.record)
     assert change is not None and change.files == "rules.py"
+
+
+def test_a_changed_grader_is_a_change_of_code(make: Make) -> None:
+    Path("grader.py").write_text("def judge(prompt, reply):\n    return 1.0\n")
+    graders = {"evaluate__graders": {"judge": "grader.py:judge"}}
+    start(make("run", **graders))
+    Path("grader.py").write_text("def judge(prompt, reply):\n    return 2.0\n")
+    with pytest.raises(UserError, match=r"another version of grader\.py"):
+        RunDirectory.of(make("run", **graders), force=False)
+    run = RunDirectory.of(make("run", **graders), force=False, accept_changed_code=True)
+    assert run.code_change is not None and run.code_change.files == "grader.py"
+    assert run.fingerprint != RunDirectory.of(make("other"), force=False).fingerprint

@@ -58,8 +58,10 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         model, gradient_of = kwargs["model"], self.gradient_norms or gradient_checks.stored_gradient
         parameter_groups = gradient_checks.group_parameters(model)
         states = gradient_checks.gradient_states(parameter_groups, gradient_of)
-        # Such a step shows nothing about the adapter: it is not counted.
-        if self.allows_zero_gradients and gradient_checks.NONZERO_GRADIENT not in states:
+        # Such a step shows nothing about the adapter: it is not counted. After a step with gradients, a loss
+        # has saturated, which the findings on the curves report.
+        may_be_zero = self.allows_zero_gradients or self.at_zero is not None
+        if may_be_zero and gradient_checks.NONZERO_GRADIENT not in states:
             return
         self.num_checked += 1
         # finite=False: with loss scaling (float16) the first gradients may be infinite.

@@ -2,8 +2,9 @@
 
 LoRA's A has a zero gradient while B is zero, so a zero gradient alone proves nothing. But what holds by
 construction holds in every layer. A tensor is therefore compared with the same parameter in other layers: if
-it is frozen, without a gradient or at zero and the others are not, it does not train. A stack of layers
-without gradients, while another stack has them, belongs to a modality that text does not use.
+it is frozen or without a gradient and the others are not, it is detached, and the run stops. At zero unlike
+the others it is connected but has no effect on these rows, such as a layer after a dead ReLU: a warning. A
+stack of layers without gradients, while another stack has them, belongs to a modality that text does not use.
 """
 
 import math
@@ -177,6 +178,9 @@ def check_gradient_flow(
     tensors = [parameter for group in used_groups for parameter in group.parameters]
     num_trained = sum(parameter.requires_grad for parameter in tensors)
     base = "; none in the base" if num_trained < len(tensors) else ""
+    if dead := _names_below_others(used_groups, ZERO_GRADIENT, gradient_of):
+        detail = f"zero for {len(dead)} of the trained tensors, unlike the same parameter in other layers"
+        return CheckResult(GRADIENT, f"{detail}: {first_few(dead)}{base}", warned=True)
     names = first_few(sorted(stack.rstrip(".") for stack in unused))
     unused_note = f"; text does not use {names}: remove them from adapter.target" if unused else ""
     return CheckResult(
@@ -201,28 +205,33 @@ def _zero_share(trained_states: Sequence[GradientState]) -> str:
 
 
 def _missing_gradients(parameter_groups: Sequence[ParameterGroup], gradient_of: GradientOf) -> list[str]:
-    """Return errors of groups without a gradient, or in a lower state than the same parameter elsewhere."""
+    """Return errors of groups without a gradient, or frozen unlike the same parameter elsewhere."""
+    frozen = _names_below_others(parameter_groups, FROZEN, gradient_of)
+    states = zip(parameter_groups, gradient_states(parameter_groups, gradient_of), strict=True)
+    detached = [group.name for group, state in states if state == NO_GRADIENT]
+    problems = []
+    if frozen:
+        comparison = "unlike the same parameter in other layers"
+        problems.append(f"{len(frozen)} tensors are frozen, {comparison}: {first_few(frozen)}")
+    if detached:
+        problems.append(f"{len(detached)} tensors are without a gradient: {first_few(detached)}")
+    return problems
+
+
+def _names_below_others(
+    parameter_groups: Sequence[ParameterGroup], state: GradientState, gradient_of: GradientOf
+) -> list[str]:
+    """Return the groups in a state whose parameter is in a higher one in another layer."""
     states = gradient_states(parameter_groups, gradient_of)
     # By kind: the best state that this parameter has in any layer.
     best: dict[str, GradientState] = defaultdict(lambda: FROZEN)
-    for group, state in zip(parameter_groups, states, strict=True):
-        best[group.kind] = max(best[group.kind], state)
-    descriptions = {
-        FROZEN: "frozen",
-        NO_GRADIENT: "without a gradient",
-        ZERO_GRADIENT: "with a zero gradient",
-    }
-    problems = []
-    for state, description in descriptions.items():
-        names = [
-            group.name
-            for group, own_state in zip(parameter_groups, states, strict=True)
-            if own_state == state and (own_state == NO_GRADIENT or best[group.kind] > own_state)
-        ]
-        if names:
-            comparison = "" if state == NO_GRADIENT else ", unlike the same parameter in other layers"
-            problems.append(f"{len(names)} tensors are {description}{comparison}: {first_few(names)}")
-    return problems
+    for group, own_state in zip(parameter_groups, states, strict=True):
+        best[group.kind] = max(best[group.kind], own_state)
+    return [
+        group.name
+        for group, own_state in zip(parameter_groups, states, strict=True)
+        if own_state == state < best[group.kind]
+    ]
 
 
 def _frozen_with_gradient(parameter_groups: Sequence[ParameterGroup]) -> list[str]:

@@ -63,7 +63,11 @@ WARNED = {
     "learning": {"eval/rewards/margins_after": 0.001, "eval/rewards/accuracies_after": 0.52},
     "distance": {"eval/objective/kl_per_token_after": 2.5},
     "overfit": {"rewards/accuracies_after": 0.99, "eval/rewards/accuracies_after": 0.6},
-    "saturated": {"rewards/accuracies_after": 1.0, "eval/rewards/accuracies_after": 0.99},
+    "saturated": {
+        "rewards/accuracies_after": 1.0,
+        "eval/rewards/accuracies_after": 0.99,
+        "rewards/margins_after": 3.0,
+    },
     "length": {"ratio": 1.5},
     "repetition": {"completions": [("fine", LOOP)]},
 }
@@ -75,6 +79,12 @@ def test_pain_15_each_problem_has_a_finding(name: str) -> None:
     assert name in [warned for warned, finding in found.items() if finding.action]
     assert found[name].format_line().startswith(f"!!  {name}")
     assert found[name] != findings_by_name().get(name), "a healthy run has another finding"
+
+
+def test_pairs_with_the_right_sign_and_no_margin_are_not_saturated() -> None:
+    """A learning rate of 1e-7 gives every pair the right sign, and a margin of 1e-6."""
+    changed = {"rewards/accuracies_after": 1.0, "rewards/margins_after": 1e-6}
+    assert "saturated" not in findings_by_name(**changed)
 
 
 MARGINS = {"eval/rewards/margins_before": 1.0}

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -144,7 +145,8 @@ COMPLETION_PAIRS = [("one two", "three four"), ("five", "six")]
 
 def test_repetition_is_reported() -> None:
     repetitive = "he was very happy. " * 3
-    [finding] = diagnose_ppo({}, [("one two", repetitive), ("five", repetitive)], PPOSettings())
+    pairs = [("one two", repetitive), ("five", repetitive)]
+    [finding] = diagnose_ppo({}, pairs, PPOSettings(), num_held_out=64)
     assert (
         finding.name == "repetition"
         and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in finding.evidence
@@ -153,9 +155,8 @@ def test_repetition_is_reported() -> None:
 
 
 def test_healthy_run_has_no_action() -> None:
-    findings_by_name = {
-        finding.name: finding for finding in diagnose_ppo(HEALTHY, COMPLETION_PAIRS, PPOSettings())
-    }
+    findings = diagnose_ppo(HEALTHY, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
+    findings_by_name = {finding.name: finding for finding in findings}
     assert list(findings_by_name) == ["reward", "graders", "KL", "fluency", "length", "diversity", "updates"]
     assert not any(finding.action for finding in findings_by_name.values())
     assert "0.300 → 0.900" in findings_by_name["graders"].evidence
@@ -182,7 +183,7 @@ def test_healthy_run_has_no_action() -> None:
     ],
 )
 def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], name: str, action: str) -> None:
-    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings())
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
     warned = [finding for finding in findings if finding.action]
     assert [finding.name for finding in warned] == [name] and action in warned[0].action
 
@@ -210,20 +211,42 @@ def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], na
 def test_the_meaning_follows_the_sign_of_the_change(
     changed: dict[str, float], name: str, meaning: str
 ) -> None:
-    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings())
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
     [finding] = [finding for finding in findings if finding.name == name]
     assert meaning in finding.meaning
 
 
 def test_the_advice_depends_on_the_settings() -> None:
     changed = before_and_after(ends=(1.0, 0.5), entropy=(1.0, 2.5))
-    findings = diagnose_ppo(
-        HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(missing_eos_reward=None, entropy_coef=0.01)
-    )
+    settings = PPOSettings(missing_eos_reward=None, entropy_coef=0.01)
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, settings, num_held_out=64)
     actions = {finding.name: finding.action for finding in findings}
     assert actions["length"].startswith("set ppo.missing_eos_reward below every reward")
     assert actions["diversity"] == "lower ppo.entropy_coef"
 
 
+@pytest.mark.parametrize(
+    ("kl", "num_held_out", "is_bug"),
+    [(-0.2, 64, False), (-0.23, 64, True), (-3.0, 4, False), (-3.5, 4, True), (-0.06, 256, True)],
+)
+def test_a_negative_kl_is_a_bug_only_beyond_its_noise(kl: float, num_held_out: int, is_bug: bool) -> None:
+    """exp(-n t) = 1e-6 is the most that noise exceeds -t = ln(1e-6) / n = -13.8 / n with."""
+    changed = HEALTHY | before_and_after(kl=(0.0, kl))
+    findings = diagnose_ppo(changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=num_held_out)
+    [finding] = [finding for finding in findings if finding.name == "KL"]
+    assert ("this is a bug" in finding.action) == is_bug
+
+
+def test_the_noise_of_a_kl_is_within_its_bound() -> None:
+    """Policies that differ much from their reference: the mean of few k1 is often negative, never a bug."""
+    rng = np.random.default_rng(0)
+    policy, reference = rng.dirichlet(np.full(6, 5.0)), rng.dirichlet(np.full(6, 5.0))
+    k1 = np.log(policy / reference)
+    means = rng.choice(k1, p=policy, size=(20_000, 8)).mean(1)
+    assert (means < 0).mean() > 0.01
+    for probability in (0.1, 0.01):
+        assert (means < np.log(probability) / 8).mean() <= probability
+
+
 def test_no_findings_without_metrics() -> None:
-    assert diagnose_ppo({}, [], PPOSettings()) == []
+    assert diagnose_ppo({}, [], PPOSettings(), num_held_out=0) == []

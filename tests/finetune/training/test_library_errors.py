@@ -15,7 +15,7 @@ from torch import nn
 from align.api import load_recipe, run
 from align.cli import main
 from finetune.recipe.errors import LibraryError, Problem, UserError
-from finetune.training.library_errors import library_errors
+from finetune.training.library_errors import library_errors, run_errors
 
 
 def translate(action: Any) -> None:
@@ -98,6 +98,47 @@ def test_a_run_records_the_cause_and_its_folder_stays_usable(falcon: Path, tmp_p
     # Nothing was trained: the folder is free for the adapter that the message suggests.
     result = run(recipe("lora"))
     assert result.record["status"] == "finished" and "cause" not in result.record
+
+
+def test_an_error_after_the_first_pass_is_translated_and_the_run_resumes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("stage: sft\ndata: {source: rows.jsonl}\n", encoding="utf-8")
+    settings = SETTINGS | {"train.max_steps": 4, "train.checkpoint_every": 2, "data.max_length": 128}
+    recipe = load_recipe(str(file), base=str(base_folder), data=ROWS, out=tmp_path / "run", settings=settings)
+    step = torch.optim.AdamW.step
+
+    def fail(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        if any(state["step"] >= 2 for state in self.state.values()):
+            torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 4))  # no frame of a library
+            nn.Linear(4, 4)(torch.ones(1, 3))
+        return step(self, *args, **kwargs)
+
+    def fail_in_library(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        if any(state["step"] >= 2 for state in self.state.values()):
+            nn.Linear(4, 4)(torch.ones(1, 3))
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            run(recipe)
+        patch.setattr(torch.optim.AdamW, "step", fail_in_library)
+        with pytest.raises(LibraryError, match=r"train: the run stopped: RuntimeError") as caught:
+            run(recipe)
+    assert "the same command resumes from the last checkpoint" in caught.value.problems[0].repair
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "failed" and record["cause"]["type"] == "RuntimeError"
+    result = run(recipe)
+    assert result.record["status"] == "finished" and [line["step"] for line in result.metrics] == [1, 2, 3, 4]
+
+
+def test_errors_of_several_processes_are_left_to_the_launcher() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), run_errors(2):
+        Outer()(torch.ones(1, 3))
+    with pytest.raises(LibraryError), run_errors(1):
+        Outer()(torch.ones(1, 3))
 
 
 def test_the_command_line_prints_the_traceback_on_request(

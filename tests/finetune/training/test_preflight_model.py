@@ -140,7 +140,6 @@ def infinite(model: nn.Module) -> None:
             "1 tensors are without a gradient: base_model.model.model.layers.1.mlp.up_proj.lora_A",
         ),
         (never_called, "2 tensors are without a gradient"),
-        (at_zero, "1 tensors are with a zero gradient, unlike the same parameter in other layers"),
         (
             trained_base,
             "1 tensors are frozen, unlike the same parameter in other layers: "
@@ -154,6 +153,20 @@ def test_pain_24_an_adapter_that_does_not_learn_everywhere_is_found(spoil: Calla
     spoil(model)
     [gradient] = run_batch_invariance(model)
     assert gradient.problem is not None and message in gradient.detail
+
+
+def test_a_dead_layer_is_a_warning_and_no_layer_alive_an_error() -> None:
+    model = lora(make("llama"))
+    at_zero(model)
+    gradient, _ = run_batch_invariance(model)
+    assert gradient.problem is None and gradient.warned
+    assert gradient.detail.startswith(
+        "zero for 1 of the trained tensors, unlike the same parameter in other layers: base_model.model"
+    )
+    for weight in model.parameters():
+        weight.requires_grad and weight.register_hook(torch.zeros_like)
+    [gradient] = run_batch_invariance(model)
+    assert gradient.problem is not None and gradient.detail == "all gradients are zero"
 
 
 def test_pain_24_a_frozen_weight_that_gets_a_gradient_is_found() -> None:

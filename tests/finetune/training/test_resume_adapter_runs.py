@@ -79,8 +79,8 @@ def test_another_parent_is_another_run(tune: Tune, make_recipe: MakeRecipe) -> N
 def test_resumed_continuation_is_bit_identical(
     method: str, tune: Tune, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With seed 0 all ReLUs of a layer of AdaMix are dead from the start, which a continued run refuses.
-    rate = {"train__learning_rate": 1e-3, "train__seed": 1}
+    # With seed 0 all ReLUs of a layer of AdaMix are dead from the start: a warning.
+    rate = {"train__learning_rate": 1e-3, "train__seed": 0}
     first = tune("first", **settings_of(method), **rate)
     settings = parent_of(first) | rate | {"train__max_steps": 6, "evaluate__samples": 1}
     uninterrupted = tune("whole", **settings)
