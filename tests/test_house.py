@@ -13,7 +13,17 @@ PACKAGES = ("data_templates", "finetune", "align")
 SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 SMALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 FORBIDDEN = {"data_templates": {"finetune", "align"}, "finetune": {"align"}, "align": set()}
-WINGS = ("recipe", "distributed", "adapters", "planner", "data", "training", "engines", "stages")
+WINGS = (
+    "recipe",
+    "distributed",
+    "adapters",
+    "planner",
+    "data",
+    "generation",
+    "training",
+    "engines",
+    "stages",
+)
 """finetune's wings, the lowest first. One import goes upwards: recipe.discovery reads what adapters declare
 of themselves (adapters.traits); they declare their settings with recipe.settings and recipe.errors."""
 CHECKS = ("assert_close", "assert_allclose", "check_schema", "validate")

@@ -12,9 +12,10 @@ from align.preference.reference_policy import ReferencePolicy, autocast_for
 from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics, score_completions
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import Rewards
-from align.rl.sampling import SampledCompletion, Sampling, sample_completions
+from align.rl.sampling import Sampling, sample_completions
 from align.rl.token_stats import TokenStats, collate_completions, token_logps_and_entropy
 from finetune.data.tokens import Encoder
+from finetune.generation.sampler import SampledCompletion
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import Policy, preserve_state

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
-from finetune.training.loss import MAX_LOGITS_PER_CHUNK, logits_at
+from finetune.lm_head import logits_at
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK
 from finetune.training.model import unwrap_model
 from finetune.training.preflight.isolation import (
     Forward,

@@ -11,10 +11,11 @@ from torch import nn
 
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
 from align.reward.batch import RewardCollator, score_groups
-from align.reward.metrics import FloatArray, ScoredComparisons, comparison_metrics
+from align.reward.metrics import ScoredComparisons, comparison_metrics
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard_padded, unshard
 from finetune.distributed.interrupts import NotFiniteError
+from finetune.evaluation.statistics import FloatArray
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.metric_specs import When
 from finetune.training.run_directory import SAMPLES, RunDirectory

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-NUM_BINS = 10
-"""Bins of the reliability curve; the score histogram has three times as many."""
-Z_95 = 1.959964
-"""Two-sided 95 % quantile of the standard normal distribution."""
+from finetune.evaluation.statistics import FloatArray, calibration_error, wilson_interval
+
+HISTOGRAM_BINS = 30
+"""Bins of the score histogram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
     accuracy = pairs.positive_fraction(pairs.margins)
     # Weights sum to 1 per comparison, up to rounding.
     count = round(pairs.weights.sum())
-    calibration_error, curve = calibration(pairs.margins, pairs.weights)
+    pair_calibration_error, curve = calibration(pairs.margins, pairs.weights)
     is_best = comparisons.ranks == 0
     return {
         "comparisons": count,
@@ -91,7 +89,7 @@ def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
         # -log s(m) = log(1 + e^-m), without overflow.
         "loss": float(np.average(np.logaddexp(0, -pairs.margins), weights=pairs.weights)),
         "margin": float(np.average(pairs.margins, weights=pairs.weights)),
-        "calibration_error": calibration_error,
+        "calibration_error": pair_calibration_error,
         "reliability": curve,
         "longer_is_better": pairs.positive_fraction(pairs.length_differences),
         "correlation_with_length": spearman(comparisons.rewards, comparisons.lengths),
@@ -101,43 +99,15 @@ def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
     }
 
 
-def wilson_interval(proportion: float, count: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion over ``count`` independent cases.
-
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal
-    approximation it stays within [0, 1] and has a nonzero width at proportions of 0 and 1.
-
-    >>> [round(end, 3) for end in wilson_interval(0.9, 100)]
-    [0.826, 0.945]
-    """
-    center = (proportion + Z_95**2 / (2 * count)) / (1 + Z_95**2 / count)
-    half_width = (
-        Z_95 / (1 + Z_95**2 / count) * sqrt(proportion * (1 - proportion) / count + Z_95**2 / (4 * count**2))
-    )
-    return max(0.0, center - half_width), min(1.0, center + half_width)
-
-
 def calibration(margins: FloatArray, weights: FloatArray) -> tuple[float, list[dict[str, float]]]:
     """Return the expected calibration error (ECE) of s(r_w - r_l) and its reliability curve.
 
-    ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over bins of the confidence, which is from 1/2 to 1
-    for pairs (Guo et al. 2017, arXiv 1706.04599, equation 3).
+    The confidence is from 1/2 to 1 for pairs.
     """
     # The model's confidence in the order that it predicts, which is not always the labeled one.
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     correct = (np.sign(margins) + 1) / 2
-    # A confidence of exactly 1 belongs to the last bin.
-    bin_indices = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
-    curve, error = [], 0.0
-    for bin_index in np.unique(bin_indices):
-        in_bin = bin_indices == bin_index
-        bin_weight = float(weights[in_bin].sum() / weights.sum())
-        bin_confidence, bin_accuracy = (
-            float(np.average(values[in_bin], weights=weights[in_bin])) for values in (confidence, correct)
-        )
-        curve.append({"confidence": bin_confidence, "accuracy": bin_accuracy, "fraction": bin_weight})
-        error += bin_weight * abs(bin_accuracy - bin_confidence)
-    return error, curve
+    return calibration_error(confidence, correct, weights, lowest=0.5)
 
 
 def spearman(x: NDArray[Any], y: NDArray[Any]) -> float | None:
@@ -158,7 +128,7 @@ def _mean_ranks(values: NDArray[Any]) -> FloatArray:
 def histogram(chosen: FloatArray, rejected: FloatArray) -> dict[str, list[float]]:
     """Return histogram counts of both kinds of scores over common bin edges."""
     # Common edges: the two histograms are drawn over each other.
-    bin_edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * NUM_BINS)
+    bin_edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=HISTOGRAM_BINS)
     counts = [np.histogram(values, bin_edges)[0].tolist() for values in (chosen, rejected)]
     return {"bin_edges": bin_edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
 

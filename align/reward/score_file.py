@@ -11,7 +11,7 @@ import numpy as np
 
 from align.preference.rows.fields import completion_turns, prompt_turns, split_completion
 from align.preference.rows.layouts import RANKINGS, PreferenceRow, ScoredCompletion
-from align.reward.metrics import ScoredComparisons, pair_comparisons, wilson_interval
+from align.reward.metrics import ScoredComparisons, pair_comparisons
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.fields import RowError
@@ -19,6 +19,7 @@ from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, wi
 from finetune.data.readers import SourceRow
 from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
+from finetune.evaluation.statistics import wilson_interval
 from finetune.recipe.disk import OUTPUT_REPAIR, writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_rows import from_python

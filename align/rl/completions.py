@@ -11,11 +11,11 @@ from torch import Tensor
 from align.rl.maths.masked import masked_mean
 from align.rl.prompts import PreparedPrompts, Prompt
 from align.rl.rewards.rewards import Rewards, RewardScores
-from align.rl.sampling import SampledCompletion
 from align.rl.token_stats import TokenStats, token_mask
 from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
+from finetune.generation.sampler import SampledCompletion
 from finetune.training.preflight.checks import CheckResult
 
 

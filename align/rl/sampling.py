@@ -5,17 +5,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor
 
 from align.rl.settings import SamplingSettings
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
+from finetune.generation.sampler import (
+    SampledCompletion,
+    TokenIds,
+    generate_batch,
+    ignores_padding,
+    length_batches,
+    until_stop_token,
+)
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.architectures import ignores_padding
 from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
-
-TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +54,6 @@ class Sampling:
         return cls(
             settings.temperature, settings.max_new_tokens, stop_ids, tokens_per_batch, generation_batch_size
         )
-
-
-@dataclass(frozen=True, slots=True)
-class SampledCompletion:
-    """A sampled completion; ``ids`` ends with a stop token if ``ended_with_eos``."""
-
-    ids: tuple[int, ...]
-    ended_with_eos: bool
 
 
 class ShardedMultinomial(LogitsProcessor):  # type: ignore[misc]
@@ -99,8 +96,6 @@ def sample_completions(
         sampling: sampling parameters.
         seed: random seed.
     """
-    # Prompts of similar length share a batch: less padding.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     completions: dict[int, SampledCompletion] = {}
     was_training, device = model.training, next(model.parameters()).device
     # With dropout the policy would not sample from the distribution that is scored later.
@@ -108,42 +103,33 @@ def sample_completions(
     # A seed of its own and no change of the global random state: this lets a run resume bit for bit.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for indices in _length_batches(order, [len(prompt) for prompt in prompts], sampling):
-            new_ids = _generate_sharded(model, [prompts[index] for index in indices], sampling, device)
+        for indices in _length_batches(prompts, sampling):
+            new_ids = _generate_sharded(model, [prompts[index] for index in indices], sampling)
             completions |= {
-                index: _until_stop_token(ids, sampling) for index, ids in zip(indices, new_ids, strict=True)
+                index: until_stop_token(ids, sampling.stop_ids)
+                for index, ids in zip(indices, new_ids, strict=True)
             }
     model.train(was_training)
     return [completions[index] for index in range(len(prompts))]
 
 
-def _length_batches(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """Batch prompts, shortest first: at most ``tokens_per_batch`` tokens, or one prompt."""
-    batches: list[list[int]] = [[]]
-    for index in order:
-        # Budget for the longest completion possible: lengths are unknown before generation.
-        row_tokens = lengths[index] + sampling.max_new_tokens
-        is_full = (
-            sampling.generation_batch_size is not None and len(batches[-1]) >= sampling.generation_batch_size
-        )
-        if batches[-1] and (is_full or (len(batches[-1]) + 1) * row_tokens > sampling.tokens_per_batch):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def _length_batches(prompts: Sequence[TokenIds], sampling: Sampling) -> list[list[int]]:
+    return length_batches(
+        [len(prompt) for prompt in prompts],
+        max_new_tokens=sampling.max_new_tokens,
+        tokens_per_batch=sampling.tokens_per_batch,
+        max_batch_size=sampling.generation_batch_size,
+    )
 
 
-def _generate_sharded(
-    model: nn.Module, prompts: Sequence[TokenIds], sampling: Sampling, device: torch.device
-) -> list[list[int]]:
+def _generate_sharded(model: nn.Module, prompts: Sequence[TokenIds], sampling: Sampling) -> list[list[int]]:
     """Return the new tokens of each row of a batch; each process generates its shard."""
     if dist_info().world_size == 1:
-        return _generate_batch(model, prompts, sampling, device)
+        return _generate_batch(model, prompts, sampling)
     # A rank without rows generates one anyway: a sharded model all-gathers in every forward pass.
     local_rows = shard(range(len(prompts))) or range(1)
     sampler = ShardedMultinomial(local_rows, len(prompts), temperature=sampling.temperature)
-    new_ids = _generate_batch(
-        model, [prompts[index] for index in local_rows], sampling, device, sampler=sampler
-    )
+    new_ids = _generate_batch(model, [prompts[index] for index in local_rows], sampling, sampler)
     shards = all_gather_object(new_ids)
     # A rank whose rows ended early stopped generating: advance its random stream as far as that of the
     # rank that took longest.
@@ -155,45 +141,20 @@ def _generate_batch(
     model: nn.Module,
     prompts: Sequence[TokenIds],
     sampling: Sampling,
-    device: torch.device,
     sampler: ShardedMultinomial | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, padded to the longest; without ``sampler`` transformers samples."""
-    prompt_length, pad_id = max(map(len, prompts)), sampling.stop_ids[0]
-    if min(map(len, prompts)) < prompt_length and ignores_padding(model):
+    if len(set(map(len, prompts))) > 1 and ignores_padding(model):
         actual = "prompts of different lengths, and a model that reads no mask of their padding"
         repair = "sampling.generation_batch_size=1, or another base"
         raise UserError(Problem("model.base", actual, "a model that reads the mask", repair))
-    # Left padding: every prompt ends at the position from which generation continues.
-    ids_BT = torch.tensor(
-        [[pad_id] * (prompt_length - len(prompt)) + list(prompt) for prompt in prompts], device=device
-    )
-    mask_BT = torch.tensor(
-        [[0] * (prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-    )
     # Explicit: the model's own generation_config may set top-k and top-p.
     sampling_arguments = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    generation_config = GenerationConfig(
+    config = GenerationConfig(
         **(sampling_arguments if sampler is None else {"do_sample": False}),
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(sampling.stop_ids),
-        pad_token_id=pad_id,
+        pad_token_id=sampling.stop_ids[0],
     )
-    # synced_gpus: ranks with finished rows go through the forward passes of a sharded model until all have.
-    output = model.generate(  # type: ignore[operator]
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        generation_config=generation_config,
-        logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
-        synced_gpus=sampler is not None and is_sharded(model),
-    )
-    new_ids: list[list[int]] = output[:, prompt_length:].tolist()
-    return new_ids
-
-
-def _until_stop_token(ids: Sequence[int], sampling: Sampling) -> SampledCompletion:
-    """Return the completion up to its first stop token; padding is a stop token as well."""
-    for position, token in enumerate(ids):
-        if token in sampling.stop_ids:
-            return SampledCompletion(tuple(ids[: position + 1]), ended_with_eos=True)
-    return SampledCompletion(tuple(ids), ended_with_eos=False)
+    synced = sampler is not None and is_sharded(model)
+    return generate_batch(model, prompts, config, processor=sampler, synced=synced)

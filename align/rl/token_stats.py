@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logits, gather_logps
 from align.rl.maths.losses import entropy
-from align.rl.sampling import TokenIds
+from finetune.generation.sampler import TokenIds
 from finetune.training.loss import MAX_LOGITS_PER_CHUNK, output_head
 from finetune.training.model import unwrap_model
 

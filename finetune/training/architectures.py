@@ -2,7 +2,6 @@
 
 import inspect
 
-from torch import nn
 from transformers import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,7 +14,6 @@ from transformers import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from finetune.library_internals import has_recurrent_state
@@ -25,9 +23,6 @@ MASKABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attentio
 """Layer types that only read the mask; the last two within their window."""
 MASKS_OF_TWO_AXES = ("openai-gpt",)
 """Types that fail with a mask of queries and keys (transformers 5.23, ``models/openai/``)."""
-IGNORING_PADDING = ("rwkv", "xlstm")
-"""Types that do not read the attention mask, so that padding before a prompt changes its completion
-(transformers 5.23, ``models/rwkv/modeling_rwkv.py``, ``models/xlstm/modeling_xlstm.py``)."""
 KINDS = (
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "a model of images and text"),
     (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "an image model"),
@@ -99,9 +94,3 @@ def _layer_reason(config: PretrainedConfig) -> str:
     if any("conv" in name for name in fields):
         return "convolutions mix neighboring tokens regardless of the mask"
     return ""
-
-
-def ignores_padding(model: nn.Module) -> bool:
-    """Return whether padding before a prompt changes its completion: the architecture reads no mask."""
-    bases = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return any(base.config.model_type in IGNORING_PADDING for base in bases)

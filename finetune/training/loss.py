@@ -6,7 +6,6 @@ the other hidden states before the head; the model still does its own scaling an
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from finetune.data.collate import IGNORE_INDEX, Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.collectives import all_gather_object, shard_padded
+from finetune.lm_head import logits_at
 
 MAX_LOGITS_PER_CHUNK = 2**26
 """Logits that are upcast to float32 at a time: 256 MiB."""
@@ -83,34 +83,6 @@ def symmetric_kl_sum(logits_NV: Tensor, other_logits_NV: Tensor) -> Tensor:
     """
     logp_NV, logq_NV = logits_NV.float().log_softmax(-1), other_logits_NV.float().log_softmax(-1)
     return ((logp_NV.exp() - logq_NV.exp()) * (logp_NV - logq_NV)).sum() / 2
-
-
-def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], mask_BT: Tensor) -> Tensor:
-    """Run a causal model and return its logits at selected positions.
-
-    Args:
-        model: the model, in any wrapper (PEFT, DDP); virtual tokens may precede the input.
-        head: its output embeddings.
-        inputs: the arguments of the forward pass, with ``input_ids`` of shape (B, T).
-        mask_BT: (B, T) mask.
-
-    Returns:
-        (N, V): the logits at the N true positions, in row-major order.
-    """
-
-    def select_positions(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states_BTD = args[0][:, -mask_BT.shape[1] :]  # without the virtual tokens of a prompt adapter
-        return (states_BTD[mask_BT].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select_positions)
-    try:
-        logits_NV: Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-    assert logits_NV.shape[:2] == (1, int(mask_BT.sum())), (
-        f"the model bypasses its head: {tuple(logits_NV.shape)}"
-    )
-    return logits_NV.squeeze(0)  # a view; indexing with [0] would allocate a second gradient of this size
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:

@@ -18,8 +18,8 @@ from align.reward.shared_base import scorer_sharing_base, untie_trained_weights
 from align.rl.completions import ScoredCompletions
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import RewardScores
-from align.rl.sampling import SampledCompletion
 from align.rl.token_stats import token_mask
+from finetune.generation.sampler import SampledCompletion
 
 BATCH = RewardCollator(pad_id=0)(tokenized([[0, 1], [0, 1]]))
 LENGTHS = [(5, 3), (3, 6), (7, 1), (4, 4)]

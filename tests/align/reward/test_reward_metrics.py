@@ -12,8 +12,8 @@ from align.reward.metrics import (
     histogram,
     pair_comparisons,
     spearman,
-    wilson_interval,
 )
+from finetune.evaluation.statistics import wilson_interval
 
 
 def scored(rewards: list[float], ranks: list[int], lengths: list[int], sizes: list[int]) -> ScoredComparisons:

@@ -10,15 +10,14 @@ from small_models import llama
 from torch import nn
 
 from align.rl.sampling import (
-    SampledCompletion,
     Sampling,
     ShardedMultinomial,
     _generate_batch,
     _length_batches,
-    _until_stop_token,
     sample_completions,
 )
 from align.rl.settings import SamplingSettings
+from finetune.generation.sampler import SampledCompletion, until_stop_token
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = [(5, 9, 11), (7, 3, 30, 31, 32, 33, 40), (8,), (12, 13, 14, 15, 16)]
@@ -125,17 +124,16 @@ def sample_on_rank(
 ) -> dict[int, SampledCompletion]:
     """Return the completions that one of several processes samples; the others' lengths are looked up."""
     prompts, completions = PROMPTS, {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     reference = sample_completions(model, prompts, sampling=sampling, seed=5)
     torch.manual_seed(5)
-    for indices in _length_batches(order, [len(prompt) for prompt in prompts], sampling):
+    for indices in _length_batches(prompts, sampling):
         local_rows = list(range(rank, len(indices), size)) or [0]
         sampler = ShardedMultinomial(local_rows, len(indices), temperature=sampling.temperature)
         local_prompts = [prompts[indices[index]] for index in local_rows]
-        new_ids = _generate_batch(model, local_prompts, sampling, torch.device("cpu"), sampler=sampler)
+        new_ids = _generate_batch(model, local_prompts, sampling, sampler)
         sampler.skip(max(len(reference[index].ids) for index in indices) - len(new_ids[0]))
         completions |= {
-            indices[index]: _until_stop_token(ids, sampling)
+            indices[index]: until_stop_token(ids, sampling.stop_ids)
             for index, ids in zip(local_rows, new_ids, strict=True)
         }
     return completions

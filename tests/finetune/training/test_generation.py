@@ -51,7 +51,7 @@ def test_completions_are_in_prompt_order(
     model: nn.Module, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = complete(model, encoder, QUESTIONS * 2)
-    monkeypatch.setattr(generation, "PROMPTS_PER_BATCH", 3)
+    monkeypatch.setattr(generation, "generation_tokens", lambda device: 200)
     assert complete(model, encoder, QUESTIONS * 2) == expected
 
 

@@ -16,11 +16,11 @@ from small_models import MODELS, VOCABULARY, assert_close, gradients, make, refe
 from torch import nn
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
+from finetune.lm_head import logits_at
 from finetune.training.loss import (
     completion_loss_sum,
     cross_entropy_sum,
     held_out_loss,
-    logits_at,
     loss_positions,
     output_head,
 )

@@ -1,0 +1,1 @@
+"""Evaluation: statistics, and metrics of classification. Pure functions over arrays."""

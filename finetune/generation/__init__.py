@@ -1,0 +1,1 @@
+"""Generation: samplers of completions, and log-probabilities of fixed labels."""
