@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from align.api import load_recipe, load_tuned, run
 from align.cli.runs import generate_once
@@ -108,11 +115,23 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 """Sizes that a family needs besides those of its keys."""
 
+ZERO_SCALES = ("self_attn.A", "correct_output_scale")
+"""Ends of the names of scales that doge and gemma3n initialize with zeros."""
 DECODERS = (
     *("afmoe", "apertus", "arcee", "aria_text", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere"),
-    *("cohere2", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5"),
-    *("ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma"),
-    *("gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2"),
+    *("cohere2", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1"),
+    *(
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "exaone_moe",
+        "falcon",
+        "falcon_h1",
+        "falcon_mamba",
+        "flex_olmo",
+        "gemma",
+    ),
+    *("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2"),
     *("gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe"),
     *("granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba"),
     *("jetmoe", "lfm2", "lfm2_moe", "llama", "llama4_text", "mamba", "mamba2", "minimax", "ministral"),
@@ -136,10 +155,24 @@ ENCODERS = ("bert", "camembert", "electra", "roberta", "roformer", "xlnet", "xlm
 """Families of that mapping that attend to later tokens; they are refused once they are loaded."""
 OTHERS = (
     *("bart", "blenderbot", "marian", "mbart", "pegasus", "t5", "umt5", "whisper", "vit", "clip", "dinov2"),
-    *("llava", "qwen2_vl", "wav2vec2", "distilbert", "modernbert"),
+    *("llava", "qwen2_vl", "wav2vec2", "distilbert", "modernbert", "git", "mllama"),
 )
 """Families that are refused by their config.json, before weights are loaded."""
-FAMILIES = [*DECODERS, *ENCODERS, *OTHERS]
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+VISION |= {"image_size": 28, "patch_size": 14}
+PROJECTED = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fuyu": ("persimmon", {"vocab_size": VOCABULARY, "hidden_size": 64, "image_size": 28, "patch_size": 14}),
+    "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {"vision_config": None, "audio_config": None}),
+    "llama4": ("llama4_text", {"vision_config": VISION | {"intermediate_size": 128} | PROJECTED}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {"vision_config": {"depth": 1, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 64}},
+    ),
+}
+"""Models of images and text whose text model is trained: its type, and the sizes of the rest."""
+FAMILIES = [*DECODERS, *WRAPPERS, *ENCODERS, *OTHERS]
 
 ROWS = [
     {
@@ -164,6 +197,9 @@ TOLERANCE = 1e-3
 
 def toy_config(model_type: str) -> PretrainedConfig:
     """Return a config of a family with two layers of width 64."""
+    if model_type in WRAPPERS:
+        text_type, sizes = WRAPPERS[model_type]
+        return CONFIG_MAPPING[model_type](text_config=toy_config(text_type).to_dict(), **sizes)
     config_class = CONFIG_MAPPING[model_type]
     keys = {field.name for field in dataclasses.fields(config_class)}
     sizes = {key: value for key, value in SIZES.items() if key in keys}
@@ -177,11 +213,15 @@ def save_toy(model_type: str, folder: Path) -> Path:
         AutoConfig.for_model(model_type).save_pretrained(folder)
         return folder
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(toy_config(model_type)).float()
+    # As published, with the layers for images.
+    auto_class = AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
+    model = auto_class.from_config(toy_config(model_type)).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Some classes leave parameters uninitialized, which a checkpoint would fill.
-            if not torch.isfinite(weight).all() or weight.abs().max() > 1e3:
+            # Zeros that scale other weights' outputs would leave these without a gradient.
+            is_zero_scale = name.endswith(ZERO_SCALES) and not weight.any()
+            if is_zero_scale or not torch.isfinite(weight).all() or weight.abs().max() > 1e3:
                 nn.init.normal_(weight, std=0.02)
             assert torch.isfinite(weight).all(), name
     model.save_pretrained(folder)

@@ -76,6 +76,16 @@ def test_lora_reaches_all_linear_layers_and_the_loss_is_that_of_all_logits(
     check_loss(adapted)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "fuyu"])
+def test_lora_adapts_the_text_model_of_a_model_of_images(model_type: str) -> None:
+    settings = lora.Settings(method="lora")
+    adapted = attach_adapter(toy(model_type), settings)
+    names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert len(names) > 10 and all(".language_model.layers." in name for name in names)
+    assert check_coverage(adapted, settings) == []
+    assert check_causality(Policy(adapted, "float32", "none")).problem is None
+
+
 @pytest.mark.parametrize("model_type", ["bert", "xlnet"])
 def test_an_encoder_is_refused_by_a_change_of_its_last_tokens(model_type: str) -> None:
     problem = check_causality(Policy(toy(model_type), "float32", "none")).problem
@@ -100,6 +110,8 @@ def test_a_bert_with_causal_attention_is_no_encoder() -> None:
         ("qwen2_vl", "'qwen2_vl', a model of images and text"),
         ("wav2vec2", "'wav2vec2', a speech model"),
         ("distilbert", "'distilbert', an encoder"),
+        ("git", "'git', a model of images and text, whose text model is no causal LM of its own"),
+        ("mllama", "'mllama', a model of images and text, whose text model"),
     ],
 )
 def test_other_models_are_refused_by_their_config(model_type: str, words: str) -> None:

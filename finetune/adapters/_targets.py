@@ -72,11 +72,25 @@ def resolve_targets(model: "PreTrainedModel", target: Target, *, lora: bool = Fa
         return target
     names = linear_module_names(model)
     excluded = {*moved, *_router_names(model), *UNCALLED_LAYERS.get(kind, ())}
+    if model.config.get_text_config() is not model.config:
+        return _text_layers(model, excluded)
     # PEFT finds the layers itself, unless it would find others too.
     if not moved and not excluded & set(names):
         return target
     excluded |= {"score"} if peft_task_type(model) == SEQ_CLS else set()
     return [name for name in names if name not in excluded]
+
+
+def _text_layers(model: "PreTrainedModel", excluded: set[str]) -> list[str]:
+    """Return the full names of the linear layers of the text model inside a model of images or audio."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = set(linear_module_names(decoder)) - excluded
+    return [
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if name.rsplit(".", 1)[-1] in linear and not list(module.children())
+    ]
 
 
 def _router_names(model: "PreTrainedModel") -> set[str]:

@@ -34,6 +34,8 @@ KINDS = (
     (MODEL_FOR_MASKED_LM_MAPPING, "an encoder, which attends to later tokens"),
 )
 """What transformers has a config for, by its Auto classes; the first match is the description."""
+OTHER_MODALITIES = {"vision_config", "audio_config"}
+"""Sub-configs of models of images and audio. The text model inside is trained if it has a causal class."""
 CAUSAL_LM_EXPECTED = "a causal (decoder-only) language model, such as Llama, Qwen, Mistral or GPT-NeoX"
 
 
@@ -57,7 +59,11 @@ def _not_causal_reason(config: PretrainedConfig) -> str:
     if config.is_encoder_decoder:
         return "an encoder-decoder"
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return ""
+        has_text_model = type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING
+        is_text_alone = not OTHER_MODALITIES & config.sub_configs.keys()
+        if is_text_alone or (has_text_model and config.get_text_config() is not config):
+            return ""
+        return "a model of images and text, whose text model is no causal LM of its own"
     kinds = (description for mapping, description in KINDS if type(config) in mapping)
     return next(kinds, "which has no causal LM class in transformers")
 

@@ -89,10 +89,13 @@ def check_coverage(model: nn.Module, adapter: AdapterSettings) -> list[CheckResu
     reached |= {id(p) for p in (base.get_output_embeddings() or nn.Identity()).parameters()}
     sizes: dict[str, int] = defaultdict(int)
     adapted = 0
-    for module in base.modules():
+    # Of a model of images and text, only the text model is adapted.
+    is_wrapper = base.config.get_text_config() is not base.config
+    layers = base.get_decoder() if is_wrapper else base
+    for module in layers.modules():
         if isinstance(module, BaseTunerLayer):
             adapted += sum(_numel(p) for p in module.get_base_layer().parameters(recurse=False))
-    for name, parameter in base.named_parameters():
+    for name, parameter in layers.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in reached and not parameter.requires_grad:
             sizes[INDEX_PATTERN.sub("*", name)] += _numel(parameter)
     share = adapted / max(adapted + sum(sizes.values()), 1)
