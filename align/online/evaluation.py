@@ -9,7 +9,14 @@ import numpy as np
 import torch
 
 from align.preference.reference_policy import ReferencePolicy, autocast_for
-from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics, score_completions
+from align.rl.completions import (
+    KeepGraded,
+    ScoredCompletions,
+    completion_metrics,
+    kl_metrics,
+    score_completions,
+    scored_entries,
+)
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import Sampling, sample_completions
@@ -90,8 +97,11 @@ class HeldOutEvaluation:
     seed: int
     micro_batch_size: int
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepGraded | None = None) -> dict[str, float]:
         """Return the metrics of one completion per prompt, always sampled with the same seed.
+
+        Args:
+            keep: receives the entries of held_out.jsonl.
 
         Raises:
             UserError: a reward function raised or did not return a number.
@@ -105,6 +115,8 @@ class HeldOutEvaluation:
             micro_batch_size=self.micro_batch_size,
             as_reference=self.reference_policy.as_active,
         )
+        if keep is not None:
+            keep(scored_entries(completions))
         return completion_metrics(completions) | kl_metrics(completions, stats)
 
     def generate_and_score(self) -> ScoredCompletions:

@@ -1,7 +1,7 @@
 """RLOO and GRPO as a method: rewards of groups of the policy's own completions, on TRL's trainers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import TrainingArguments
@@ -19,17 +19,21 @@ from align.online.settings import GRPOSettings, OnlineSettings, RLOOSettings
 from align.preference.reference_policy import ReferencePolicy
 from align.reward.shared_base import base_for_scorers, untie_trained_weights
 from align.rl.completions import check_rewards
-from align.rl.first_completions import check_endings
+from align.rl.first_completions import check_endings, check_equal_rewards
 from align.rl.prompts import PreparedPrompts, load_prompts
 from align.rl.rewards.loading import load_rewards, rewards_record
 from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import LENGTH_PENALTY
+from align.rl.rollout_log import Entry, append_rollouts, equal_rewards_finding
 from align.rl.sampling import Sampling
+from finetune.distributed.collectives import all_gather_object
 from finetune.recipe.discovery import adapter_traits
 from finetune.training.arguments import num_optimizer_steps, resolve_arguments
 from finetune.training.context import RunContext
+from finetune.training.findings import Finding
+from finetune.training.held_out_file import write_graded
 from finetune.training.loading import add_adapter, load_frozen_base, load_text_encoding
-from finetune.training.metric_specs import MetricSpec
+from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.model import Policy, TextEncoding
 from finetune.training.samples import evenly_spaced
 from finetune.training.stage import Method, check_policy
@@ -110,7 +114,7 @@ class OnlineRL:
         trainer = TRAINERS[settings.TRL_CONFIG](
             self.policy.model,
             args,
-            TRLRewardFunction(self.rewards, prompts, self.text.encoder, self._check_endings),
+            TRLRewardFunction(self.rewards, prompts, self.text.encoder, self._record_rollout),
             order=prompt_order(
                 prompts.lengths,
                 count=num_steps * prompts_per_step,
@@ -130,9 +134,26 @@ class OnlineRL:
             )
         return trainer
 
-    def _check_endings(self, ended_with_eos: Sequence[bool]) -> None:
-        """Report if almost none of the first completions ends."""
-        self.ctx.check(*check_endings(ended_with_eos, self.ctx.settings.sampling.max_new_tokens))
+    def evaluate(self, trainer: OnlineTrainer, when: When) -> dict[str, float]:
+        """Return the held-out metrics, and write the completions to held_out.jsonl."""
+        evaluate = trainer.evaluate_held_out
+        return {} if evaluate is None else evaluate(partial(write_graded, self.ctx.run, "rewards", when))
+
+    def diagnose(self) -> list[Finding]:
+        """Return a finding if the rewards of all completions are equal."""
+        finding = equal_rewards_finding(self.ctx.run, self.rewards.names)
+        return [] if finding is None else [finding]
+
+    def _record_rollout(self, local_entries: list[Entry]) -> None:
+        """Write a step's completions to rollouts.jsonl; report on the first ones: endings, equal rewards."""
+        entries = [entry for entries in all_gather_object(local_entries) for entry in entries]
+        append_rollouts(self.ctx.run, entries)
+        if entries[0]["step"] == 1:
+            ended = [entry["ended_with_eos"] for entry in entries]
+            self.ctx.check(
+                *check_endings(ended, self.ctx.settings.sampling.max_new_tokens),
+                *check_equal_rewards([entry["reward"] for entry in entries], self.rewards.names),
+            )
 
     def _sampling_parameters(self) -> Sampling:
         device, stop_ids = self.ctx.hardware.device, self.text.encoder.stop_ids

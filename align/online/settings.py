@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
-from align.rl.settings import PromptSettings, SamplingSettings
+from align.rl.settings import RLSettings, SamplingSettings
 from align.shared_rules import RL_EXACT_MATCH, RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
@@ -15,7 +15,6 @@ from finetune.recipe.settings import (
     NonNegativeFloat,
     PositiveFloat,
     Section,
-    StageSettings,
     TrainSettings,
 )
 
@@ -95,10 +94,9 @@ class GRPOSettings(Section):
         }
 
 
-class OnlineSettings(StageSettings):
+class OnlineSettings(RLSettings):
     """Prompts, rewards, sampling, training; the loss is the stage's own section."""
 
-    data: PromptSettings = PromptSettings()
     train: OnlineTrainSettings = OnlineTrainSettings()
     rewards: RewardsSettings = RewardsSettings()
     sampling: GroupSamplingSettings = GroupSamplingSettings()

@@ -67,7 +67,7 @@ def _stage_completions(
             before = {sample["prompt"]: sample["before"] for sample in results[child.name].samples}
             completion_by_prompt = before | completion_by_prompt
     missing = [sample for sample in samples if sample["prompt"] not in completion_by_prompt]
-    max_new_tokens = pipeline.recipes[entry.name].settings.evaluate.max_new_tokens
+    max_new_tokens = pipeline.recipes[entry.name].settings.max_reply_tokens
     completions = _generate_completions(result, missing, max_new_tokens)
     completion_by_prompt |= {
         sample["prompt"]: completion for sample, completion in zip(missing, completions, strict=True)

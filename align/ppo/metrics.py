@@ -9,11 +9,18 @@ import torch
 from align.ppo.experience import Rollouts
 from align.ppo.rollout_order import EVAL_ROLLOUT_INDEX, sampling_seed
 from align.ppo.settings import Settings
-from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics
-from align.rl.first_completions import check_endings, check_missing_eos_reward
+from align.rl.completions import (
+    KeepGraded,
+    ScoredCompletions,
+    completion_metrics,
+    kl_metrics,
+    scored_entries,
+)
+from align.rl.first_completions import check_endings, check_equal_rewards, check_missing_eos_reward
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
 from align.rl.prompts import Prompt
+from align.rl.rollout_log import append_rollouts, rollout_entries
 from align.rl.token_stats import token_mask
 from finetune.recipe.errors import Problem
 from finetune.training.context import RunContext
@@ -28,13 +35,35 @@ RATIO_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 """Tolerance of the first ratios by precision: kernels with and without gradients may round differently."""
 
 
-def check_first_rollout(
+def record_rollout(
+    ctx: RunContext[Settings], step: int, completions: ScoredCompletions, rewards_C: torch.Tensor
+) -> None:
+    """Write a rollout to rollouts.jsonl; report on the first one: endings, equal rewards, missing EOS.
+
+    Args:
+        ctx: context of the run.
+        step: the first optimizer step that is trained on it.
+        completions: the rollout.
+        rewards_C: its shaped rewards.
+    """
+    ended_C = completions.ended_with_eos
+    append_rollouts(
+        ctx.run,
+        rollout_entries(step, completions.prompts, completions.texts, completions.scores, ended_C.tolist()),
+    )
+    if step == 1:
+        _check_first_rollout(ctx, completions, rewards_C)
+
+
+def _check_first_rollout(
     ctx: RunContext[Settings], completions: ScoredCompletions, rewards_C: torch.Tensor
 ) -> None:
     """Report whether the first completions end, and whether never ending is worth less than any ending."""
     settings, ended_C = ctx.settings, completions.ended_with_eos
+    total = [float(reward) for reward in completions.scores.total]
     ctx.check(
         *check_endings(ended_C.tolist(), settings.sampling.max_new_tokens),
+        *check_equal_rewards(total, list(completions.scores.by_source)),
         *check_missing_eos_reward(rewards_C, ended_C, settings.ppo.missing_eos_reward),
     )
 
@@ -112,8 +141,11 @@ class HeldOutEvaluation:
     rollouts: Rollouts
     seed: int
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepGraded | None = None) -> dict[str, float]:
         """Return the metrics of one completion per prompt, always sampled with the same seed.
+
+        Args:
+            keep: receives the entries of held_out.jsonl.
 
         Raises:
             UserError: a reward function or a grader raised or did not return a number.
@@ -125,18 +157,15 @@ class HeldOutEvaluation:
         )
         stats = rollouts.score_tokens(completions, rollouts.micro_batches(completions))
         rollouts.seconds = rollout_seconds  # evaluation is not part of a rollout's time
-        gold_rewards = self._gold_rewards(completions)
-        return completion_metrics(completions) | kl_metrics(completions, stats) | gold_rewards
-
-    def _gold_rewards(self, completions: ScoredCompletions) -> dict[str, float]:
         rows = [
             self.graders.row(prompt.messages, text, prompt.location, prompt.expected)
             for prompt, text in zip(completions.prompts, completions.texts, strict=True)
         ]
-        return {
-            f"{GOLD_PREFIX}{name}": mean_grade(name, grades)
-            for name, grades in self.graders.grade(rows).items()
-        }
+        grades = self.graders.grade(rows)
+        if keep is not None:
+            keep(scored_entries(completions, grades))
+        gold_rewards = {f"{GOLD_PREFIX}{name}": mean_grade(name, values) for name, values in grades.items()}
+        return completion_metrics(completions) | kl_metrics(completions, stats) | gold_rewards
 
 
 def check_initial_ratio(ctx: RunContext[Settings], precision: str, error: float) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from align.rl.rewards.settings import RewardsSettings
-from align.rl.settings import PromptSettings, SamplingSettings
+from align.rl.settings import RLSettings
 from finetune.recipe.settings import (
     MAX_FLOAT,
     FiniteFloat,
@@ -16,7 +16,6 @@ from finetune.recipe.settings import (
     RowsInMemory,
     RowSource,
     Section,
-    StageSettings,
 )
 
 
@@ -125,12 +124,10 @@ class StopSettings(Section):
     )
 
 
-class Settings(StageSettings):
+class Settings(RLSettings):
     """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
 
-    data: PromptSettings = PromptSettings()
     rewards: RewardsSettings = RewardsSettings()
-    sampling: SamplingSettings = SamplingSettings()
     ppo: PPOSettings = PPOSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     stop: StopSettings = StopSettings()

@@ -43,7 +43,7 @@ class PPOTrainer(BaseTrainer):
         rollouts: Rollouts,
         pretraining: PretrainingMix | None,
         held_out: metrics.HeldOutEvaluation | None,
-        check_first_rollout: Callable[[ScoredCompletions, Tensor], None],
+        record_rollout: Callable[[int, ScoredCompletions, Tensor], None],
         check_initial_ratio: Callable[[float], None],
     ) -> None:
         """Set up the trainer.
@@ -58,14 +58,14 @@ class PPOTrainer(BaseTrainer):
             rollouts: samples and scores completions.
             pretraining: rows of PPO-ptx, if any.
             held_out: evaluates on held-out prompts, if there are any.
-            check_first_rollout: receives the completions of the first rollout and their shaped rewards (C,).
+            record_rollout: receives the next step, the completions of a rollout, their shaped rewards (C,).
             check_initial_ratio: receives the largest difference from 1 of a rollout's first ratios.
         """
         super().__init__(model, args, data, hooks=hooks)
         self.prompts = data.train
         self.ppo, self.ppo_state, self.rollouts = ppo, ppo_state, rollouts
         self.pretraining, self.held_out = pretraining, held_out
-        self.check_first_rollout, self.check_initial_ratio = check_first_rollout, check_initial_ratio
+        self.record_rollout, self.check_initial_ratio = record_rollout, check_initial_ratio
         # Emptied whenever they are logged.
         self.token_metrics = metrics.TokenMetricAverager()
         # Before the recorder, which writes the checksums of a checkpoint's files.
@@ -117,8 +117,7 @@ class PPOTrainer(BaseTrainer):
             completions, [indices for minibatch in first_epoch for indices in minibatch]
         )
         rewards_C = shape_rewards(completions, ppo, state.reward_stats)
-        if index == 0:
-            self.check_first_rollout(completions, rewards_C)
+        self.record_rollout(self.state.global_step + 1, completions, rewards_C)
         kl_coef = state.kl_controller.kl_coef
         tensors = advantages_and_returns(stats, rewards_C, completions.lengths, kl_coef=kl_coef, settings=ppo)
         rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)

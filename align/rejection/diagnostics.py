@@ -8,9 +8,13 @@ import numpy as np
 from align.rejection.rounds import round_folder
 from align.rejection.selection import Candidate, mean_best_of_n
 from align.rejection.settings import Settings
+from align.rl.completions import KeepGraded
 from align.rl.prompts import Prompts
+from align.rl.rewards.rewards import RewardScores
+from align.rl.rollout_log import replace_rollouts, rollout_entries
 from data_templates.segments import Message
 from finetune.training.generation_eval import Graders, mean_grade
+from finetune.training.held_out_file import graded_entry
 from finetune.training.metric_specs import Diagnostics, MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 from finetune.training.preflight.checks import CheckResult
@@ -93,12 +97,13 @@ def equal_reward_fraction(candidates: Sequence[Candidate]) -> float:
     return float(np.mean([len(values) == 1 for values in rewards.values()]))
 
 
-def check_equal_rewards(fraction: float) -> list[CheckResult]:
+def check_equal_rewards(fraction: float, names: Sequence[str]) -> list[CheckResult]:
     """Check that the rewards of most prompts differ between completions; empty if so, else a warning."""
     if fraction < MAX_EQUAL_REWARD_FRACTION:
         return []
     detail = f"all completions of {fraction:.0%} of the prompts have equal rewards: the first one is selected"
-    repair = "a finer reward, or raise sampling.temperature or rejection.num_generations"
+    reward = " and ".join(names)
+    repair = f"a finer reward than {reward}, or raise sampling.temperature or rejection.num_generations"
     return [CheckResult("equal rewards", f"{detail}; {repair}", warned=True)]
 
 
@@ -121,6 +126,7 @@ def held_out_metrics(
     num_generations: int,
     reward_names: Sequence[str],
     graders: Graders,
+    keep: KeepGraded | None = None,
 ) -> dict[str, float]:
     """Return the mean reward, the mean best of n, the EOS rate, and the graders' means.
 
@@ -130,6 +136,7 @@ def held_out_metrics(
         num_generations: completions per prompt (n).
         reward_names: rewards whose means are metrics of their own.
         graders: Python graders.
+        keep: receives the entries of held_out.jsonl.
 
     Raises:
         UserError: a grader raised, returned no number, or skipped every completion.
@@ -149,6 +156,19 @@ def held_out_metrics(
         for prompt in (prompt_of[candidate.prompt_index],)
     ]
     grades = graders.grade(rows)
+    if keep is not None:
+        keep(
+            [
+                graded_entry(
+                    row,
+                    ended_with_eos=candidate.ended_with_eos,
+                    grades={name: values[index] for name, values in grades.items()},
+                    reward=candidate.reward,
+                    rewards=dict(candidate.by_source),
+                )
+                for index, (row, candidate) in enumerate(zip(rows, candidates, strict=True))
+            ]
+        )
     return metrics | {f"{GOLD_PREFIX}{name}": mean_grade(name, values) for name, values in grades.items()}
 
 
@@ -180,6 +200,25 @@ def write_selected(
         has_several = len(candidate.by_source) > 1
         entries.append({**entry, "rewards": dict(candidate.by_source)} if has_several else entry)
     run.write_jsonl(SELECTED, entries)
+
+
+def write_rollouts(
+    run: RunDirectory, prompts: Prompts, candidates: Sequence[Candidate], *, round_index: int
+) -> None:
+    """Write a round's completions to rollouts.jsonl; a round that runs again replaces its own."""
+    names = list(candidates[0].by_source)
+    scores = RewardScores(
+        np.array([candidate.reward for candidate in candidates]),
+        {name: np.array([candidate.by_source[name] for candidate in candidates]) for name in names},
+    )
+    entries = rollout_entries(
+        round_index,
+        [prompts[candidate.prompt_index] for candidate in candidates],
+        [candidate.text for candidate in candidates],
+        scores,
+        [candidate.ended_with_eos for candidate in candidates],
+    )
+    replace_rollouts(run, entries)
 
 
 def write_metrics(run: RunDirectory, spec: MetricSpec, *, round_index: int) -> None:

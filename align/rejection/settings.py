@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
-from align.rl.settings import PromptSettings, SamplingSettings
+from align.rl.settings import RLSettings
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import AtLeastTwo, FiniteFloat, PositiveInt, Section, StageSettings
+from finetune.recipe.settings import AtLeastTwo, FiniteFloat, PositiveInt, Section
 
 
 class RejectionSettings(Section):
@@ -44,12 +44,10 @@ class RejectionSettings(Section):
     )
 
 
-class Settings(StageSettings):
+class Settings(RLSettings):
     """Prompts, rewards, sampling and selection; ``train`` applies to each round."""
 
-    data: PromptSettings = PromptSettings()
     rewards: RewardsSettings = RewardsSettings()
-    sampling: SamplingSettings = SamplingSettings()
     rejection: RejectionSettings = RejectionSettings()
 
 

@@ -1,8 +1,9 @@
 """Sampled completions with their text and reward scores, and the metrics of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.generation.sampler import SampledCompletion
+from finetune.training.held_out_file import graded_entry
 from finetune.training.preflight.checks import CheckResult
+from finetune.training.samples import completion_row
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,33 @@ def _all_gather_scores(local_scores: RewardScores, group_sizes: Sequence[int]) -
     chunks = np.split(stacked, np.cumsum(group_sizes, dtype=int), axis=1)[:-1]
     total, *by_source = np.concatenate(unshard(all_gather_object(chunks)), axis=1)
     return RewardScores(total, dict(zip(names, by_source, strict=True)))
+
+
+KeepGraded = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Receives the entries of held_out.jsonl."""
+
+
+def scored_entries(
+    completions: ScoredCompletions, grades: Mapping[str, Sequence[float | None]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the entries of held_out.jsonl of scored completions, with rewards and grades."""
+    entries = []
+    pairs = zip(completions.prompts, completions.texts, strict=True)
+    for index, (prompt, text) in enumerate(pairs):
+        row = completion_row(
+            [*prompt.messages, Message("assistant", text)], prompt.location, reference=prompt.expected
+        )
+        by_source = {name: float(values[index]) for name, values in completions.scores.by_source.items()}
+        entries.append(
+            graded_entry(
+                row,
+                ended_with_eos=completions.samples[index].ended_with_eos,
+                grades={name: values[index] for name, values in (grades or {}).items()},
+                reward=float(completions.scores.total[index]),
+                rewards=by_source,
+            )
+        )
+    return entries
 
 
 def check_rewards(rewards: Rewards, data: PreparedPrompts) -> CheckResult:

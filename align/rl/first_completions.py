@@ -21,6 +21,23 @@ def check_endings(ended_with_eos: Sequence[bool], max_new_tokens: int) -> list[C
     return [CheckResult("endings", f"{detail}: {ENDINGS_REPAIR}", warned=True)]
 
 
+def check_equal_rewards(rewards: Sequence[float], names: Sequence[str]) -> list[CheckResult]:
+    """Check that the first completions have different rewards; a warning if all are equal, else empty.
+
+    Args:
+        rewards: the total reward of each completion.
+        names: the names of the rewards.
+    """
+    if len(rewards) < 2 or min(rewards) < max(rewards):
+        return []
+    reward = " and ".join(names)
+    detail = (
+        f"all {len(rewards)} first completions have reward {rewards[0]:g} ({reward}): nothing to learn from"
+    )
+    repair = f"check {reward} on the completions in rollouts.jsonl"
+    return [CheckResult("equal rewards", f"{detail}; {repair}", warned=True)]
+
+
 def check_missing_eos_reward(
     rewards_C: Tensor, ended_with_eos_C: Tensor, missing_eos_reward: float | None
 ) -> list[CheckResult]:

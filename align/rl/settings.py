@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.settings import AtLeastTwo, DataSettings, PositiveInt, Section
+from finetune.recipe.settings import AtLeastTwo, DataSettings, PositiveInt, Section, StageSettings
 
 
 class PromptSettings(DataSettings):
@@ -41,3 +41,15 @@ class SamplingSettings(Section):
         description="generation batch size over all processes; a smaller one needs less memory and more "
         "time, and gives different samples; auto: large enough to keep the device busy",
     )
+
+
+class RLSettings(StageSettings):
+    """The sections of all RL stages."""
+
+    data: PromptSettings = PromptSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+    @property
+    def max_reply_tokens(self) -> int:
+        """Return the maximum length of replies to held-out prompts: that of the sampled completions."""
+        return self.evaluate.max_new_tokens or self.sampling.max_new_tokens

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.generation_eval import GenerationEvals
-    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.metric_specs import MetricSpec, When
     from finetune.training.model import Policy, TextEncoding
     from finetune.training.stage import Method
 
@@ -127,7 +127,7 @@ class PPO:
         """Return the trainer; the reference is the policy as it is now, before a checkpoint is loaded."""
         from align.ppo.actor_critic import actor_critic_hooks
         from align.ppo.experience import Rollouts
-        from align.ppo.metrics import check_first_rollout, check_initial_ratio
+        from align.ppo.metrics import check_initial_ratio, record_rollout
         from align.ppo.state import PPOState
         from align.ppo.stop_rule import RewardHackingStop
         from align.ppo.trainer import PPOTrainer
@@ -158,7 +158,7 @@ class PPO:
             rollouts=rollouts,
             pretraining=self.pretraining,
             held_out=self._held_out_evaluation(rollouts),
-            check_first_rollout=partial(check_first_rollout, ctx),
+            record_rollout=partial(record_rollout, ctx),
             check_initial_ratio=partial(check_initial_ratio, ctx, self.policy.precision),
         )
         trainer.add_callback(RewardHackingStop(ctx, ppo_state))
@@ -167,13 +167,25 @@ class PPO:
     def diagnose(self) -> list[Finding]:
         """Return findings on reward, graders, KL, length, diversity and updates."""
         from align.ppo.diagnostics import diagnose_ppo
+        from align.rl.rollout_log import equal_rewards_finding
 
         run = self.ctx.run
         completions = [(entry["before"], entry["after"]) for entry in run.samples()]
         num_held_out = len(self._held_out_prompts())
-        return diagnose_ppo(
+        findings = diagnose_ppo(
             run.record["metrics"], completions, self.ctx.settings.ppo, num_held_out=num_held_out
         )
+        equal = equal_rewards_finding(run, self.models.rewards.names)
+        # With equal rewards nothing else has a cause of its own.
+        return findings if equal is None else [equal, *(f for f in findings if f.name != "reward")]
+
+    def evaluate(self, trainer: PPOTrainer, when: When) -> dict[str, float]:
+        """Return the held-out metrics, and write the completions to held_out.jsonl."""
+        from finetune.training.held_out_file import write_graded
+
+        if trainer.held_out is None:
+            return {}
+        return trainer.held_out.evaluate(partial(write_graded, self.ctx.run, "rewards", when))
 
     def _held_out_evaluation(self, rollouts: Rollouts) -> HeldOutEvaluation | None:
         from align.ppo.metrics import HeldOutEvaluation

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align.rejection.settings import RULES as RULES
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.generation import Completion
     from finetune.training.generation_eval import Graders
-    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.metric_specs import MetricSpec, When
     from finetune.training.model import TextEncoding
     from finetune.training.samples import GenerateFn
 
@@ -44,6 +45,7 @@ def run(ctx: RunContext[Settings]) -> None:
     """
     from align.rejection.rounds import load_round_policies, save_last_round
     from align.rl.prompts import load_prompts
+    from align.rl.rollout_log import equal_rewards_finding
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.loading import load_text_encoding
     from finetune.training.stage import report_findings
@@ -65,7 +67,8 @@ def run(ctx: RunContext[Settings]) -> None:
             method.evaluate(round_index)
         save_last_round(ctx)
         evals.run(ctx.run, method.generate_with(last_round + 1), "after")
-        report_findings(ctx, method.metric_spec)
+        equal = equal_rewards_finding(ctx.run, policies.rewards.names)
+        report_findings(ctx, method.metric_spec, [] if equal is None else [equal])
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class RejectionSampling:
         from align.rl.completions import check_rewards
         from align.rl.rewards.loading import rewards_record
         from finetune.training.arguments import num_optimizer_steps, resolve_arguments
+        from finetune.training.held_out_file import compact_locations
         from finetune.training.stage import check_policy, policy_metadata
 
         ctx, settings, policy = self.ctx, self.ctx.settings, self.policies.policy_for_round(1)
@@ -117,6 +121,8 @@ class RejectionSampling:
         amount = f"{num_prompts * settings.rejection.num_generations} completions of {num_prompts} prompts"
         ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")
         metadata = policy_metadata(ctx, self.text, policy, self.data.report)
+        if self.data.held_out is not None:
+            metadata["data"]["held_out_rows"] = compact_locations(self.data.held_out.locations)
         return {**metadata, "rewards": rewards_record(settings.rewards)}
 
     def generate_with(self, round_index: int) -> GenerateFn:
@@ -137,7 +143,7 @@ class RejectionSampling:
             Interrupted: a signal arrived; the same command resumes from there.
             NotFiniteError: loss, gradient or a reward is NaN or infinite.
         """
-        from align.rejection.diagnostics import write_selected
+        from align.rejection.diagnostics import write_rollouts, write_selected
         from align.rejection.rounds import train_round, training_rows
         from align.rejection.selection import select_candidates
 
@@ -145,6 +151,7 @@ class RejectionSampling:
         candidates = self._sample_round(round_index)
         selected = select_candidates(candidates, settings, round_index=round_index)
         self.selected[round_index] = selected
+        write_rollouts(ctx.run, prompts, candidates, round_index=round_index)
         write_selected(ctx.run, prompts, candidates, selected, round_index=round_index)
         # Llama 2: with the last round's completions alone, some abilities were forgotten.
         first_round = 1 if settings.accumulate_rounds else round_index
@@ -160,11 +167,12 @@ class RejectionSampling:
 
         held_out, run = self.data.held_out, self.ctx.run
         entry = run.record.get("rounds", {}).get(str(round_index), {})
+        last_round = self.ctx.settings.rejection.rounds
+        when: When | None = "before" if round_index == 0 else "after" if round_index == last_round else None
         if held_out is not None and "eval/objective/reward" not in entry:
-            metrics = self._held_out_metrics(held_out, round_index)
+            metrics = self._held_out_metrics(held_out, round_index, when)
             entry = {**entry, **{f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()}}
             run.update(rounds={str(round_index): entry})
-        when = {0: "before", self.ctx.settings.rejection.rounds: "after"}.get(round_index)
         if when is not None:
             # run.json has the held-out metrics twice: by round, and before and after training as for every
             # stage.
@@ -190,8 +198,9 @@ class RejectionSampling:
                 store_prefix=self.ctx.run.path / CANDIDATES / str(round_index),
             )
 
-    def _held_out_metrics(self, prompts: Prompts, round_index: int) -> dict[str, float]:
+    def _held_out_metrics(self, prompts: Prompts, round_index: int, when: When | None) -> dict[str, float]:
         from align.rejection.diagnostics import held_out_metrics
+        from finetune.training.held_out_file import write_graded
         from finetune.training.samples import evenly_spaced
 
         settings, reward_names = self.ctx.settings, self.policies.rewards.names
@@ -209,6 +218,7 @@ class RejectionSampling:
             num_generations=settings.rejection.num_generations,
             reward_names=reward_names if len(settings.rewards.sources) > 1 else [],
             graders=self.graders,
+            keep=partial(write_graded, self.ctx.run, "rewards", when) if when is not None else None,
         )
 
     def _build_sampler(self, prompts: Prompts) -> CandidateSampler:
@@ -247,7 +257,7 @@ class RejectionSampling:
                 [candidate.ended_with_eos for candidate in candidates],
                 self.ctx.settings.sampling.max_new_tokens,
             ),
-            *check_equal_rewards(entry["objective/frac_reward_zero_std"]),
+            *check_equal_rewards(entry["objective/frac_reward_zero_std"], self.policies.rewards.names),
         )
         # `update` merges one level deep, and a resumed round has entries already.
         recorded = self.ctx.run.record.get("rounds", {}).get(str(round_index), {})

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -90,6 +90,12 @@ def python_functions(value: Any) -> Iterator[PythonFunction]:
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from python_functions(item)
+
+
+FunctionName = Annotated[
+    Annotated[str, Field(min_length=1)] | PythonFunction, BeforeValidator(function_from_python)
+]
+"""The value of a key: ``path/to/file.py:function``; in Python also a function."""
 
 
 def is_python_function_text(text: str) -> bool:

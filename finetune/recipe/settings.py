@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from finetune.recipe.python_function import PythonFunction, function_from_python
+from finetune.recipe.python_function import FunctionName
 from finetune.recipe.python_rows import PythonRows, from_python, pick_split
 from finetune.recipe.python_tables import has_splits
 
@@ -28,8 +28,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 RowSource = Annotated[NonEmptyStr | PythonRows, BeforeValidator(from_python)]
 """Rows: a Hub id, a file or a folder; in Python also a table, of which a snapshot is taken."""
-FunctionName = Annotated[NonEmptyStr | PythonFunction, BeforeValidator(function_from_python)]
-"""``path/to/file.py:function``; in Python also a function."""
 
 
 class Section(BaseModel):
@@ -65,9 +63,7 @@ class RopeSettings(Section):
     method: Literal["linear", "dynamic", "yarn"] = Field(
         description="linear: position interpolation; dynamic: NTK-aware, by row length; yarn: YaRN"
     )
-    factor: Annotated[float, Field(ge=1, le=1024)] = Field(
-        description="new context length / that of the base"
-    )
+    factor: Annotated[float, Field(ge=1, le=1024)] = Field(description="new context length / the base's")
 
 
 class ModelSettings(Section):
@@ -100,9 +96,7 @@ class ModelSettings(Section):
 class SelectSettings(Section):
     """Filters that select a subset of a source's rows; dropped rows are counted in the data report."""
 
-    min_reply_characters: NonNegativeInt = Field(
-        0, description="minimum number of characters in a row's replies"
-    )
+    min_reply_characters: NonNegativeInt = Field(0, description="minimum characters in a row's replies")
     max_reply_characters: PositiveInt | None = Field(
         None, description="maximum number of characters in a row's replies"
     )
@@ -339,12 +333,13 @@ class EvaluateSettings(Section):
     exact_match: NonNegativeInt = Field(
         0, description="number of held-out rows for exact match of greedy replies; 0: off"
     )
-    max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="maximum length of a reply; null: sampling.max_new_tokens in RL, else 128"
+    )
     graders: dict[str, FunctionName] = Field(
         {},
-        description="Python functions that grade completions of held-out prompts, before and after training: "
-        "{name: file.py:function}; parameters are filled by name (prompt, completion, expected, columns of "
-        "the row); returns a bool, a number, or None (skip)",
+        description="functions that grade completions of held-out prompts: {name: file.py:function}; "
+        "parameters are filled by name (prompt, completion, expected, columns); bool, number, None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
     retention: RowSource | None = Field(
@@ -396,3 +391,8 @@ class StageSettings(Section):
     adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def max_reply_tokens(self) -> int:
+        """Return the maximum length of replies to held-out prompts."""
+        return self.evaluate.max_new_tokens or 128

@@ -32,7 +32,7 @@ def generate_sharded(
             policy.model,
             text.encoder,
             shard(prompts),
-            max_new_tokens=ctx.settings.evaluate.max_new_tokens,
+            max_new_tokens=ctx.settings.max_reply_tokens,
             context=text.context,
         )
         return unshard(all_gather_object(completions))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation, render_reply
@@ -22,6 +23,8 @@ from finetune.recipe.user_arguments import (
     missing_value_problems,
 )
 from finetune.recipe.user_function import call_for_grades, call_user_function
+from finetune.training.generation import Completion
+from finetune.training.held_out_file import graded_entry, write_graded
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
@@ -77,6 +80,20 @@ class Graders:
         return problems
 
 
+def graded_entries(
+    rows: Sequence[CompletionRow], completions: Sequence[Completion], grades: Mapping[str, Grades]
+) -> list[dict[str, Any]]:
+    """Return the entries of held_out.jsonl of graded completions."""
+    return [
+        graded_entry(
+            row,
+            ended_with_eos=completion.ended_with_eos,
+            grades={name: values[index] for name, values in grades.items()},
+        )
+        for index, (row, completion) in enumerate(zip(rows, completions, strict=True))
+    ]
+
+
 def _grade(name: str, function: RowFunction, rows: Sequence[CompletionRow]) -> Grades:
     where = f"evaluate.graders.{name}"
     if function.is_batch:
@@ -101,7 +118,7 @@ class GenerationEval:
 
     graders: Graders
     prompts: Sequence[Conversation]
-    retention: Sequence[Sequence[Message]]
+    retention: Sequence[Conversation]
 
     def evaluate(self, run: RunDirectory, generate: GenerateFn, when: When) -> None:
         """Record each grader's mean and the retention set's exact-match rate, ``before`` or ``after``.
@@ -115,23 +132,36 @@ class GenerationEval:
         ] * bool(self.retention)
         if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
-        metrics = {}
+        metrics: dict[str, float] = {}
         if self.graders.functions:
             completions = generate([row.messages[:-1] for row in self.prompts])
             rows = [
                 self.graders.row(prompt.messages[:-1], completion.text, prompt.location, _reference(prompt))
                 for prompt, completion in zip(self.prompts, completions, strict=True)
             ]
-            for name, grades in self.graders.grade(rows).items():
-                metrics[f"{EVAL_PREFIX}graders/{name}_{when}"] = mean_grade(name, grades)
+            grades = self.graders.grade(rows)
+            metrics |= {
+                f"{EVAL_PREFIX}graders/{name}_{when}": mean_grade(name, values)
+                for name, values in grades.items()
+            }
+            write_graded(run, "graders", when, graded_entries(rows, completions, grades))
         if self.retention:
-            completions = generate([conversation[:-1] for conversation in self.retention])
+            completions = generate([row.messages[:-1] for row in self.retention])
             # Both sides are stripped: the expected reply was rendered, and the completion decoded.
             correct = [
-                completion.text == conversation[-1].content
-                for completion, conversation in zip(completions, self.retention, strict=True)
+                completion.text == row.messages[-1].content
+                for completion, row in zip(completions, self.retention, strict=True)
             ]
             metrics[f"{EVAL_PREFIX}retention_{when}"] = sum(correct) / len(correct)
+            entries = [
+                graded_entry(
+                    self.graders.row(row.messages[:-1], completion.text, row.location, _reference(row)),
+                    ended_with_eos=completion.ended_with_eos,
+                    correct=is_correct,
+                )
+                for row, completion, is_correct in zip(self.retention, completions, correct, strict=True)
+            ]
+            write_graded(run, "retention", when, entries)
         run.update(metrics=metrics)
 
     @property
@@ -168,11 +198,10 @@ class GenerationEvals:
         Raises:
             UserError: a grader or the retention set cannot be loaded.
         """
-        prompts = [row.messages for row in conversations]
         graded = load_generation_eval(settings, conversations, encoder)
         columns = graded.graders.columns
         notes = graded.graders.notes(columns.names) if isinstance(columns, RowColumns) else []
-        return cls(_select_samples(settings.evaluate, prompts, encoder), graded, notes)
+        return cls(_select_samples(settings.evaluate, conversations, encoder), graded, notes)
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
@@ -190,16 +219,16 @@ class GenerationEvals:
         self.graded.evaluate(run, generate, when)
 
 
-def _select_samples(
-    evaluate: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder
-) -> Samples:
+def _select_samples(evaluate: EvaluateSettings, rows: Sequence[Conversation], encoder: Encoder) -> Samples:
     """Return the prompts of samples.jsonl, evenly spaced over the held-out conversations."""
-    shown = evenly_spaced(len(prompts), evaluate.samples)
-    others = [index for index in range(len(prompts)) if index not in shown]
+    shown = evenly_spaced(len(rows), evaluate.samples)
+    others = [index for index in range(len(rows)) if index not in shown]
     # The shown prompts come first; exact match may score more of them.
     count = max(evaluate.samples, evaluate.exact_match)
-    selected = [render_reply(prompts[index], encoder) for index in [*shown, *others][:count]]
-    return Samples(selected, evaluate.samples, scored=evaluate.exact_match > 0)
+    indices = [*shown, *others][:count]
+    selected = [render_reply(rows[index].messages, encoder) for index in indices]
+    locations = [rows[index].location for index in indices]
+    return Samples(selected, evaluate.samples, scored=evaluate.exact_match > 0, locations=locations)
 
 
 def mean_grade(name: str, grades: Grades) -> float:
@@ -232,14 +261,14 @@ def load_generation_eval(
     """
     evaluate = settings.evaluate
     graded = [conversations[index] for index in evenly_spaced(len(conversations), evaluate.grader_rows)]
-    retention: list[list[Message]] = []
+    retention: list[Conversation] = []
     if evaluate.retention is not None:
         source = SourceSpec(
             "evaluate.retention", evaluate.retention, "train", None, None, evaluate.retention_rows
         )
         source = replace(source, ignore_columns=tuple(settings.data.ignore_columns))
         rows = load_conversations(source, 0, settings.train.seed, DataReport()).rows
-        retention = [render_reply(row.messages, encoder) for row in rows]
+        retention = [replace(row, messages=render_reply(row.messages, encoder)) for row in rows]
     prompts = [replace(row, messages=render_reply(row.messages, encoder)) for row in graded]
     functions = load_graders(evaluate.graders)
     if not functions:

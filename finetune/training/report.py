@@ -12,8 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 from finetune.recipe.visible_text import visible_value
 from finetune.training.metric_specs import Diagnostics
-from finetune.training.run_directory import RunDirectory
+from finetune.training.run_directory import HELD_OUT, ROLLOUTS, RunDirectory
 
+EVIDENCE = {
+    ROLLOUTS: "sampled in training, with their rewards",
+    HELD_OUT: "graded completions of held-out prompts, before and after training",
+}
+"""Files that the page links."""
 MIN_FUNCTION_SHARE = 0.05
 """Share of a run's time from which on the summary shows that of its user functions."""
 
@@ -74,6 +79,7 @@ def write_report(
         figures=[_svg(figure) for figure in diagnostics.figures.values()],
         tables=diagnostics.tables,
         samples=run.samples(),
+        evidence={name: text for name, text in EVIDENCE.items() if (run.path / name).is_file()},
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
     run.write("report.html", page)

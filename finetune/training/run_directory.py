@@ -37,8 +37,10 @@ REPLACED = "replaced"
 ACCEPT_REPAIR = "the same command with --accept-changed-code resumes the run with the new code"
 SAMPLES = "samples.jsonl"
 SELECTED = "chosen.jsonl"
+ROLLOUTS, HELD_OUT = "rollouts.jsonl", "held_out.jsonl"
+"""Sampled completions of training with their rewards; graded completions of held-out prompts."""
 METRICS = "metrics.jsonl"
-RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, "report.html", "run.json")
+RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, ROLLOUTS, HELD_OUT, "report.html", "run.json")
 MERGED, RULES = "merged", "rules"
 CANDIDATES, ROUNDS = "drawn", "rounds"
 RUN_FOLDERS = ("adapter", "model", MERGED, RULES, CANDIDATES, ROUNDS, "checkpoints")
@@ -222,11 +224,16 @@ class RunDirectory:
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Append an entry to metrics.jsonl."""
+        self.append_jsonl(METRICS, [metrics])
+
+    def append_jsonl(self, name: str, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append entries to a JSON Lines file, at once."""
         if not self.is_writer:
             return
         self.check_present()
-        with writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(lines)
 
     def check_present(self) -> None:
         """Raise StorageError if the folder was deleted: an engine would create it again, without the rest."""
@@ -265,11 +272,13 @@ class RunDirectory:
         self.write(name, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
     def truncate_after(self, step: int) -> None:
-        """Drop metrics of later steps, which a resumed run logs again."""
+        """Drop metrics and rollouts of later steps, which a resumed run logs again."""
         if not self.is_writer:
             return
-        entries = [entry for entry in self.metrics() if entry["step"] <= step]
-        self.write_jsonl(METRICS, entries)
+        for name in (METRICS, ROLLOUTS):
+            entries = [entry for entry in self.read_jsonl(name) if entry["step"] <= step]
+            if name == METRICS or entries or (self.path / name).is_file():
+                self.write_jsonl(name, entries)
 
     @contextmanager
     def atomic_folder(self, name: str) -> Iterator[Path]:

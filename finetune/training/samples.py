@@ -7,6 +7,7 @@ from typing import Any
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.recipe.user_arguments import ColumnsByLocation, CompletionRow
 from finetune.training.generation import Completion
+from finetune.training.held_out_file import graded_entry, write_graded
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import SAMPLES, RunDirectory
@@ -16,11 +17,15 @@ GenerateFn = Callable[[Sequence[Sequence[Message]]], list[Completion]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Conversations with their expected replies; the first ``num_shown`` are written, all are scored."""
+    """Conversations with their expected replies; the first ``num_shown`` are written, all are scored.
+
+    ``locations`` are those of their rows.
+    """
 
     conversations: list[list[Message]]
     num_shown: int
     scored: bool
+    locations: Sequence[str]
 
     def record_before(self, run: RunDirectory, generate: GenerateFn) -> None:
         """Generate with the untrained model; skipped if a resumed run has done so."""
@@ -73,7 +78,19 @@ class Samples:
                 for completion, text in zip(completions, expected, strict=True)
             ]
             scores[f"{EVAL_PREFIX}exact_match_{when}"] = sum(correct) / len(correct)
+            write_graded(run, "exact_match", when, self._graded(completions, correct))
         run.update(metrics=scores)
+
+    def _graded(self, completions: list[Completion], correct: list[bool]) -> list[dict[str, Any]]:
+        """Return the entries of held_out.jsonl."""
+        rows = zip(self.conversations, self.locations, completions, correct, strict=True)
+        entries = []
+        for turns, location, completion, is_correct in rows:
+            end = _last_reply_index(turns)
+            reply = [*turns[:end], Message("assistant", completion.text)]
+            row = completion_row(reply, location, reference=turns[end].content)
+            entries.append(graded_entry(row, ended_with_eos=completion.ended_with_eos, correct=is_correct))
+        return entries
 
     def _write(self, run: RunDirectory, entries: list[dict[str, Any]]) -> None:
         run.write_jsonl(SAMPLES, entries)

@@ -9,6 +9,7 @@ from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import CheckFailedError, LibraryError
 from finetune.recipe.recipe import Recipe
+from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import Result, RunDirectory
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from finetune.training.model import Policy, TextEncoding
 
 
+class HeldOutRows(Sized, Protocol):
+    """Held-out rows of any kind."""
+
+    @property
+    def locations(self) -> Sequence[str]:
+        """Return the location (``file:line``) of each row."""
+        ...
+
+
 class RunData(Protocol):
     """The data of a run, of any kind."""
 
@@ -36,7 +46,7 @@ class RunData(Protocol):
         ...
 
     @property
-    def held_out(self) -> Sized | None:
+    def held_out(self) -> "HeldOutRows | None":
         """Return the held-out rows; None without."""
         ...
 
@@ -258,6 +268,8 @@ def train(ctx: "RunContext", method: Method) -> None:
 def _metadata(ctx: "RunContext", method: Method, sections: dict[str, Any]) -> dict[str, Any]:
     """Return run.json's sections on data and policy, with those of the method."""
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
+    if (held_out := method.data.held_out) is not None:
+        metadata["data"]["held_out_rows"] = compact_locations(held_out.locations)
     for name, section in sections.items():
         metadata[name] = {**metadata[name], **section} if name in metadata else section
     return metadata
@@ -272,7 +284,7 @@ def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Fin
         ctx.run.metrics(),
         ctx.run.record.get("metrics", {}),
         spec,
-        sample_tokens=settings.evaluate.max_new_tokens,
+        sample_tokens=settings.max_reply_tokens,
         documents=settings.data.text_format is not None,
     )
     for finding in (*shared, *findings):

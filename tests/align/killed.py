@@ -42,7 +42,9 @@ def finished(out: Path) -> dict[str, str]:
     assert [step for step in steps if steps.count(step) > 1] == [], "a step was logged twice"
     assert set(range(1, STEPS + 1)) <= set(steps)
     files: dict[str, str] = record["files"]
-    return files
+    # Of RL: each sampled completion once.
+    rollouts = out / "rollouts.jsonl"
+    return files | ({rollouts.name: rollouts.read_text()} if rollouts.is_file() else {})
 
 
 def kill_at(recipe: Path, out: Path, lines: int, delay: float) -> None:

@@ -74,7 +74,7 @@ def check(recipe: Path, out: Path, seed: int) -> None:
         kill_at(recipe, out, moment.randint(0, MOMENTS), moment.uniform(0, 0.15))
     assert start(recipe, out).wait() == 0
     assert finished(out) == finished(reference_run)
-    for name in ("chosen.jsonl", "metrics.jsonl", "samples.jsonl"):
+    for name in ("chosen.jsonl", "metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "held_out.jsonl"):
         assert (out / name).read_bytes() == (reference_run / name).read_bytes(), name
     records = [json.loads((path / "run.json").read_text()) for path in (out, reference_run)]
     assert records[0]["rounds"] == records[1]["rounds"]

@@ -16,14 +16,22 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import GRPOTrainer, RLOOTrainer
 
 from align.engines.trl.preference import REFERENCE_ADAPTER, ROUNDING_TOLERANCE, progress_bars_disabled
 from align.online.evaluation import score_tokens
+from align.rl.completions import KeepGraded
 from align.rl.first_completions import ends_with_stop_token
 from align.rl.prompts import Prompt, Prompts
 from align.rl.rewards.rewards import Rewards
+from align.rl.rollout_log import Entry, rollout_entries
 from align.rl.sampling import Sampling, sample_completions
 from data_templates.segments import Message
 from finetune.data.batches import optimizer_batches
@@ -46,7 +54,7 @@ TRUNCATED_FRACTION, KL_PER_TOKEN = "completions/clipped_ratio", "kl"
 NUM_PROBES = 4
 """Number of prompts, and of completion tokens each, on which reference and policy are compared."""
 
-EvaluateFn = Callable[[], dict[str, float]]
+EvaluateFn = Callable[[KeepGraded | None], dict[str, float]]
 
 
 class PromptIdTokenizer(PreTrainedTokenizerBase):  # type: ignore[misc]
@@ -122,13 +130,13 @@ class TRLRewardFunction:
         rewards: Rewards,
         prompts: Prompts,
         encoder: Encoder,
-        check_first: Callable[[Sequence[bool]], None],
+        record: Callable[[list[Entry]], None],
     ) -> None:
-        """Bind the rewards; ``check_first`` receives whether each of the first completions ends with EOS."""
+        """Bind the rewards; ``record`` receives this process's completions of each step."""
         self.rewards = rewards
         self.prompts = prompts
         self.encoder = encoder
-        self.check_first: Callable[[Sequence[bool]], None] | None = check_first
+        self.record = record
         self.locations: list[str] = []
 
     def reward(
@@ -136,6 +144,7 @@ class TRLRewardFunction:
         prompts: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         log_metric: Callable[[str, float], None],
+        trainer_state: TrainerState,
         **ignored: Any,
     ) -> list[float]:
         """Return the reward of each completion; TRL passes more arguments, which are ignored.
@@ -144,9 +153,6 @@ class TRLRewardFunction:
             UserError: a reward function failed on a completion.
             NotFiniteError: a reward is NaN or infinite.
         """
-        if self.check_first is not None:
-            self.check_first(ends_with_stop_token(completion_ids, self.encoder.stop_ids))
-            self.check_first = None
         # The text of a prompt is its index (`PromptIdTokenizer`).
         rows = [self.prompts[int(index)] for index in prompts]
         self.locations = [prompt.location for prompt in rows]
@@ -158,6 +164,8 @@ class TRLRewardFunction:
         ]
         answers = [prompt.expected for prompt in rows]
         scores = self.rewards.score(conversations, self.locations, expected=answers)
+        ended = ends_with_stop_token(completion_ids, self.encoder.stop_ids)
+        self.record(rollout_entries(trainer_state.global_step + 1, rows, completions, scores, ended))
         for name, values in scores.by_source.items():
             log_metric(reward_metric_name(name), float(values.mean()))
         total: list[float] = scores.total.tolist()
@@ -216,7 +224,7 @@ class OnlineTrainer(TrlTrainerMixin):
     def held_out_metrics(self) -> dict[str, float]:
         """Return the metrics of completions to held-out prompts."""
         assert self.evaluate_held_out is not None, "evaluate_every is set with held-out prompts only"
-        return self.evaluate_held_out()
+        return self.evaluate_held_out(None)
 
 
 class OnlineRLOOTrainer(OnlineTrainer, RLOOTrainer, RenameOnlineMetrics):  # type: ignore[misc]

@@ -15,12 +15,11 @@ from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import is_recipe_name
-from finetune.recipe.python_function import PythonFunction
+from finetune.recipe.python_function import FunctionName, PythonFunction
 from finetune.recipe.runs import find_run, read_finished_record
 from finetune.recipe.settings import (
     DataSettings,
     FiniteFloat,
-    FunctionName,
     ModelSettings,
     NonEmptyStr,
     NonNegativeFloat,

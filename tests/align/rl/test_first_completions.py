@@ -81,7 +81,7 @@ def test_equal_rewards_of_a_prompt_are_counted(rewards: list[list[float]], fract
         for reward in group
     ]
     assert equal_reward_fraction(candidates) == pytest.approx(fraction)
-    results = check_equal_rewards(fraction)
+    results = check_equal_rewards(fraction, ["mine"])
     assert len(results) == (fraction >= 0.5)
     for result in results:
         assert f"{fraction:.0%} of the prompts have equal rewards" in result.detail

@@ -44,6 +44,8 @@ def conversation(question: str, answer: str) -> Conversation:
 class Record:
     """A stub of a run directory that only has a record."""
 
+    is_writer = False
+
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"metrics": {}}
 
@@ -68,7 +70,7 @@ def test_graders_and_retention_before_and_after(grader: str) -> None:
     generation_eval = GenerationEval(
         Graders(graders),
         [conversation("ab", "?"), conversation("abc!!", "?")],
-        [conversation("7", "7").messages, conversation("8", "9").messages],
+        [conversation("7", "7"), conversation("8", "9")],
     )
     run = Record()
     generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]

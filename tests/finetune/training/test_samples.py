@@ -38,10 +38,11 @@ class ScriptedModel:
 
 
 CONVERSATIONS = [conversation("2 + 2", "4"), conversation("3 + 3", "6"), conversation("4 + 4", "8")]
+PLACES = ["a.jsonl:1", "a.jsonl:5", "b.jsonl:2"]
 
 
 def test_all_are_scored_and_the_first_are_written(run: RunDirectory) -> None:
-    samples = Samples(CONVERSATIONS, num_shown=2, scored=True)
+    samples = Samples(CONVERSATIONS, num_shown=2, scored=True, locations=PLACES)
     samples.record_before(run, ScriptedModel("5", "6", "?", ended_with_eos=[False, False, True]))
     samples.record_after(run, ScriptedModel("4", "6", "7", ended_with_eos=[True, True, False]))
     assert run.samples() == [
@@ -56,14 +57,18 @@ def test_all_are_scored_and_the_first_are_written(run: RunDirectory) -> None:
 
 
 def test_unscored_samples_have_no_exact_match(run: RunDirectory) -> None:
-    Samples(CONVERSATIONS, num_shown=3, scored=False).record_before(run, ScriptedModel("a", "b", "c"))
+    Samples(CONVERSATIONS, num_shown=3, scored=False, locations=PLACES).record_before(
+        run, ScriptedModel("a", "b", "c")
+    )
     assert set(run.record["metrics"]) == {"samples/eos_rate_before"}
 
 
 def test_the_prompt_is_everything_before_the_last_reply(run: RunDirectory) -> None:
     turns = [Message("system", "Be brief."), *conversation("a", "b"), Message("user", "c", context="d")]
     script = ScriptedModel("e")
-    Samples([[*turns, Message("assistant", "f")]], num_shown=1, scored=False).record_before(run, script)
+    Samples([[*turns, Message("assistant", "f")]], num_shown=1, scored=False, locations=PLACES).record_before(
+        run, script
+    )
     assert script.prompts == [turns]
     [line] = run.samples()
     assert sample_turns(line) == turns
@@ -73,7 +78,7 @@ def test_the_prompt_is_everything_before_the_last_reply(run: RunDirectory) -> No
 
 
 def test_a_resumed_run_keeps_its_before_completions(run: RunDirectory) -> None:
-    samples = Samples(CONVERSATIONS, num_shown=1, scored=False)
+    samples = Samples(CONVERSATIONS, num_shown=1, scored=False, locations=PLACES)
     samples.record_before(run, ScriptedModel("first", "x", "y"))
     second = ScriptedModel("second", "x", "y")
     samples.record_before(run, second)
@@ -82,7 +87,7 @@ def test_a_resumed_run_keeps_its_before_completions(run: RunDirectory) -> None:
 
 def test_no_questions_no_file(run: RunDirectory) -> None:
     script = ScriptedModel()
-    samples = Samples([], num_shown=0, scored=False)
+    samples = Samples([], num_shown=0, scored=False, locations=PLACES)
     samples.record_before(run, script)
     samples.record_after(run, script)
     assert run.samples() == [] and not (run.path / "samples.jsonl").exists() and script.prompts == []
@@ -90,7 +95,7 @@ def test_no_questions_no_file(run: RunDirectory) -> None:
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb\x1cc", 'a\n"b"\r\n', "한국어 \u2029"])
 def test_any_completion_round_trips(run: RunDirectory, text: str) -> None:
-    samples = Samples(CONVERSATIONS[:1], num_shown=1, scored=False)
+    samples = Samples(CONVERSATIONS[:1], num_shown=1, scored=False, locations=PLACES)
     samples.record_before(run, ScriptedModel(text))
     samples.record_after(run, ScriptedModel(text))
     [entry] = run.samples()
