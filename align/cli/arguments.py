@@ -1,7 +1,7 @@
 """Arguments that several commands take: RECIPE and SECTION.KEY=VALUE with a recipe's options, and RUN."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -20,10 +20,14 @@ from align.cli.completion import (
 )
 from align.default_recipe import default_recipe
 from align.rl.rewards.settings import has_rewards_section
-from finetune.recipe.discovery import stage_of_verb, verb_of
-from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe import yaml_file
+from finetune.recipe.discovery import stage_names, stage_of_verb, verb_of
+from finetune.recipe.errors import Problem
+from finetune.recipe.foreign_names import foreign_problem
+from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
 from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override, resolve_name
 from finetune.recipe.runs import find_run
+from finetune.recipe.settings import StageSettings
 from finetune.recipe.terminal import echo
 
 Command = Callable[..., None]
@@ -163,3 +167,40 @@ def run_argument(context: click.Context, parameter: click.Parameter, value: str)
     if note:
         echo(note, err=True)
     return folder
+
+
+def foreign_options(error: click.NoSuchOption, words: Sequence[str]) -> list[Problem]:
+    """Return the problems of options that are keys of a recipe, or of another library; [] if none is.
+
+    Args:
+        error: click's error on the first of them.
+        words: the words of the command line.
+    """
+    command = error.ctx.command if error.ctx is not None else None
+    if command is None or not any(parameter.name == "words" for parameter in command.params):
+        return []
+    stage = stage_of_verb(command.name or "")
+    schema = stage_settings(stage if stage in stage_names() else DEFAULT_STAGE)
+    known = {option for parameter in command.params for option in parameter.opts}
+    problems = []
+    for index, word in enumerate(words):
+        option, equals, text = word.partition("=")
+        if not option.startswith("--") or option in known:
+            continue
+        following = words[index + 1] if index + 1 < len(words) else ""
+        # `--bf16` is a flag, `--lr 1e-4` and `--lr=1e-4` have a value.
+        text = text if equals else "true" if not following or following.startswith("-") else following
+        name, value = option.removeprefix("--"), yaml_file.parse_scalar(text)
+        expected = f"an option of `llm-align {command.name} --help`, or section.key=value"
+        section, _, key = name.rpartition(".")
+        if _has_key(schema, section, key):
+            repair = shlex.quote(f"{name}={text}")
+            problems.append(Problem(option, "a recipe key is written without dashes", expected, repair))
+        elif foreign := foreign_problem(option, name, value, expected=expected, schema=schema):
+            problems.append(foreign)
+    return problems
+
+
+def _has_key(schema: type[StageSettings], section: str, key: str) -> bool:
+    field = schema.model_fields.get(section)
+    return field is not None and key in field.annotation.model_fields  # type: ignore[union-attr]

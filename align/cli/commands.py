@@ -1,10 +1,12 @@
 """``llm-align`` command line (click). Heavy libraries are imported only inside the commands."""
 
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from align.cli.arguments import RecipeArguments, recipe_arguments, run_argument
+from align.cli.arguments import RecipeArguments, foreign_options, recipe_arguments, run_argument
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
 from align.cli.exit_status import (
     CHECK_FAILED,
@@ -59,11 +61,19 @@ def main() -> None:
     except UserError as error:
         if reporting.traceback:
             echo(format_traceback(error), err=True)
-        fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
+        _fail_with_problems(error)
+    except click.NoSuchOption as error:
+        if problems := foreign_options(error, sys.argv[1:]):
+            _fail_with_problems(UserError(problems))
+        fail(error.format_message(), USER_ERROR)
     except click.ClickException as error:
         fail(error.format_message(), USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted. Run the same command to resume from the last checkpoint", INTERRUPTED)
+
+
+def _fail_with_problems(error: UserError) -> NoReturn:
+    fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
 
 
 @cli.command("list")

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -54,7 +54,7 @@ def format_traceback(error: UserError) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def fail(message: str, status: int) -> None:
+def fail(message: str, status: int) -> NoReturn:
     """Print an error message, with the rank under a launcher, and exit."""
     dist = dist_info()
     if not dist.is_main:

@@ -6,6 +6,7 @@ from typing import Any
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.foreign_names import foreign_problem
 from finetune.recipe.renamed import RENAMED, renamed_section, section_problem
 from finetune.recipe.settings import AdapterSettings, StageSettings
 
@@ -39,7 +40,7 @@ def parse_overrides(
     # Only the first "=" separates: values may contain more of them.
     pairs = [argument.partition("=") for argument in arguments]
     given = {**shortcuts, **{key: yaml_file.parse_scalar(text) for key, equals, text in pairs if equals}}
-    problems = [_invalid_override(key, "") for key, equals, _ in pairs if not equals]
+    problems = [_invalid_override(key, "", schema) for key, equals, _ in pairs if not equals]
     values = {}
     for key, value in given.items():
         section, name, inner = _split_key(key)
@@ -47,13 +48,9 @@ def parse_overrides(
             key = ".".join(filter(None, (name, inner)))
             problems.append(section_problem(f"{section}.{key} ({COMMAND_LINE})", section, key, new))
         elif not section or not name or (inner and name not in _named_choices(schema, section)):
-            problems.append(_invalid_override(key, value))
+            problems.append(_invalid_override(key, value, schema))
         elif section not in schema.model_fields:
-            sections = list(schema.model_fields)
-            where = f"{key} ({COMMAND_LINE})"
-            problems.append(
-                Problem(where, "unknown section", one_of(sections), did_you_mean(section, sections))
-            )
+            problems.append(_unknown_section(key, value, schema))
         else:
             values[key] = value
     return values, problems
@@ -96,17 +93,31 @@ def _set_inner(current: Any, inner: str, value: Any) -> dict[str, Any]:
     return {**mapping, inner: value}
 
 
-def _invalid_override(key: str, value: Any) -> Problem:
+def _unknown_section(key: str, value: Any, schema: type[StageSettings]) -> Problem:
+    section, name, _ = _split_key(key)
+    sections = list(schema.model_fields)
+    where, expected = f"{key} ({COMMAND_LINE})", one_of(sections)
+    if foreign := foreign_problem(where, name, value, expected=expected, schema=schema):
+        return foreign
+    return Problem(where, "unknown section", expected, did_you_mean(section, sections))
+
+
+def _invalid_override(key: str, value: Any, schema: type[StageSettings]) -> Problem:
     section, name, *inner = [*key.split("."), "", ""]
+    expected = "section.key=value, as in train.epochs=3"
+    if not name and (
+        foreign := foreign_problem(
+            f"{key} ({COMMAND_LINE})", key, None if value == "" else value, expected=expected, schema=schema
+        )
+    ):
+        return foreign
     if target := RENAMED.get(key):
         # The repair must not name a key that is refused next.
-        expected = f"'{section}.{name}={{{target.rpartition('.')[2]}: {value}}}'"
-        return Problem(f"'{key}' ({COMMAND_LINE})", f"`{key}` was renamed to `{target}`", expected)
+        changed = f"'{section}.{name}={{{target.rpartition('.')[2]}: {value}}}'"
+        return Problem(f"'{key}' ({COMMAND_LINE})", f"`{key}` was renamed to `{target}`", changed)
     mapping = f"{section}.{name}={{{inner[0]}: {value}}}"
     repair = f"set the complete mapping: '{mapping}'" if section and name and inner[0] else ""
-    return Problem(
-        f"'{key}' ({COMMAND_LINE})", "invalid override", "section.key=value, as in train.epochs=3", repair
-    )
+    return Problem(f"'{key}' ({COMMAND_LINE})", "invalid override", expected, repair)
 
 
 def _method(values: SectionValues) -> Any:

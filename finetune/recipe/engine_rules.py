@@ -7,9 +7,16 @@ from typing import Any
 from pydantic import Field, ValidationError, create_model
 
 from finetune.recipe.compatibility import Rule
-from finetune.recipe.engine_arguments import Argument, ByRecipe, Passed, engine_arguments
+from finetune.recipe.engine_arguments import (
+    TRL_ARGUMENTS,
+    Argument,
+    ByRecipe,
+    Passed,
+    engine_arguments,
+)
 from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.foreign_names import foreign_problem
 from finetune.recipe.settings import Section, StageSettings, TrainSettings
 
 WHERE = "train.engine_args"
@@ -46,6 +53,11 @@ def _refusal(
     passed_on = [other for other, entry in known.items() if isinstance(entry, Passed)]
     if argument is None:
         expected = f"an argument of {class_name}"
+        # An argument of another engine is no key of ours.
+        other = any(name in arguments for arguments in TRL_ARGUMENTS.values())
+        foreign = foreign_problem(where, name, train.engine_args[name], expected=expected)
+        if foreign is not None and not other:
+            return foreign
         return Problem(where, "unknown to the engine", expected, did_you_mean(name, known))
     if isinstance(argument, ByRecipe):
         return Problem(where, "set by the recipe", one_of(passed_on), f"use {argument.key}")

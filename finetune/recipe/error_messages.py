@@ -6,8 +6,10 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.recipe import yaml_file
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.foreign_names import foreign_problem
 from finetune.recipe.python_rows import RowsError
 from finetune.recipe.renamed import renamed_key, renamed_value
+from finetune.recipe.settings import StageSettings
 
 Schema = dict[str, Any]
 """A JSON schema, as pydantic generates it for a section."""
@@ -18,8 +20,21 @@ LARGEST_NAMED_BOUND = 100_000
 """Larger bounds are limits of number formats: only the message about a value beyond one names it."""
 
 
-def validation_problems(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
-    """Return the problems of a section, one per value, although pydantic reports one per type of a union."""
+def validation_problems(
+    section: str,
+    error: ValidationError,
+    *,
+    model: type[BaseModel],
+    stage: type[StageSettings] | None = None,
+) -> list[Problem]:
+    """Return the problems of a section, one per value, although pydantic reports one per type of a union.
+
+    Args:
+        section: its name.
+        error: pydantic's report on it.
+        model: its settings.
+        stage: the settings of its stage; None if it is not a section of a recipe.
+    """
     # The schema has what pydantic's errors lack: descriptions, choices and bounds.
     root = model.model_json_schema()
     problems: dict[str, Problem] = {}
@@ -28,7 +43,7 @@ def validation_problems(section: str, error: ValidationError, *, model: type[Bas
         if isinstance(rows_error := detail.get("ctx", {}).get("error"), RowsError):
             problems[where] = rows_error.problem(where)
         elif where not in problems:
-            problems[where] = _to_problem(where, detail, schema=schema, root=root)
+            problems[where] = _to_problem(where, detail, schema=schema, root=root, stage=stage)
     # A value of the wrong type is one mistake, and not one more for each key inside it.
     return [problem for where, problem in problems.items() if not _inside_another(where, problems)]
 
@@ -74,13 +89,12 @@ def _schema_options(schema: Schema, root: Schema) -> list[Schema]:
     return [schema]
 
 
-def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Problem:
+def _to_problem(
+    where: str, detail: Any, *, schema: Schema, root: Schema, stage: type[StageSettings] | None
+) -> Problem:
     key = where.rsplit(".", 1)[-1]
     if detail["type"] == "extra_forbidden":
-        keys = _sibling_keys(detail["loc"], root)
-        if renamed := renamed_key(where, detail["input"], keys):
-            return renamed
-        return Problem(where, "unknown key", one_of(keys), did_you_mean(key, keys))
+        return _unknown_key(where, detail["input"], _sibling_keys(detail["loc"], root), stage=stage)
     expected = describe_expected(schema, root)
     if limit := _limit_exceeded(detail):
         expected = f"{expected}, {limit}"
@@ -91,6 +105,18 @@ def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Pro
     value = detail["input"]
     repair = renamed_value(where, value) or _suggest_repair(key, value, options=_schema_options(schema, root))
     return Problem(where, f"found {_describe_value(value)}", expected, repair)
+
+
+def _unknown_key(where: str, value: Any, keys: list[str], *, stage: type[StageSettings] | None) -> Problem:
+    section, _, key = where.rpartition(".")
+    if renamed := renamed_key(where, value, keys):
+        return renamed
+    if stage is not None:
+        section = section.split(".")[0]
+        foreign = foreign_problem(where, key, value, expected=one_of(keys), section=section, schema=stage)
+        if foreign is not None:
+            return foreign
+    return Problem(where, "unknown key", one_of(keys), did_you_mean(key, keys))
 
 
 def _limit_exceeded(detail: Any) -> str:

@@ -23,6 +23,7 @@ from finetune.recipe.discovery import (
 )
 from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.foreign_names import foreign_problem, foreign_stage
 from finetune.recipe.parent_run import (
     ParentRun,
     inherit_settings,
@@ -230,6 +231,9 @@ def _check_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
         return []
     if renamed := renamed_stage(value):
         return [Problem("stage", renamed, f"stage: {stage}")]
+    if foreign := foreign_stage(value):
+        repair = f"write stage: {foreign}; llm-align {verb_of(foreign)} {path}"
+        return [Problem("stage", f"`{value}` is `{foreign}` here", f"stage '{stage}'", repair)]
     repair = (
         f"llm-align {verb_of(value)} {path}"
         if value in stage_names()
@@ -244,10 +248,13 @@ def _check_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
 
 def _unknown_section(key: str, value: Any, *, schema: type[StageSettings]) -> Problem:
     known = schema.model_fields
+    sections = one_of(["stage", "description", *known])
+    foreign = foreign_problem(key, key, value, expected=sections, schema=schema)
+    # axolotl's `adapter: lora` is a key, with the name of a section.
+    if foreign is not None and (key not in known or value is not None):
+        return foreign
     if key not in known:
-        return Problem(
-            key, "unknown section", one_of(["stage", "description", *known]), did_you_mean(key, known)
-        )
+        return Problem(key, "unknown section", sections, did_you_mean(key, known))
     if value is None:
         return Problem(key, "empty section", "indented keys", f"indent the lines below, or delete `{key}:`")
     names = ", ".join(known[key].annotation.model_fields)  # type: ignore[union-attr]  # every field is a section
@@ -271,7 +278,7 @@ def _validate_sections(
         except UserError as error:
             problems += error.problems
         except ValidationError as error:
-            problems += validation_problems(name, error, model=model)
+            problems += validation_problems(name, error, model=model, stage=schema)
     return sections, problems
 
 

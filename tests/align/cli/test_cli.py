@@ -185,3 +185,23 @@ def test_version_is_one_line_of_any_checkout(call: Call, monkeypatch: pytest.Mon
     # A checkout that is not installed has no metadata.
     monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"{name}: reads metadata"))
     assert call("--version") == (0, "llm-align 0.1.0\n", "")
+
+
+def test_options_of_other_libraries_are_all_named(call: Call) -> None:
+    words = ("--lora_r", "8", "--learning-rate=1e-4", "--bf16", "--train.epochs", "2", "--push_to_hub")
+    status, _, errors = call("sft", "quickstart", *words)
+    assert status == 2 and errors.startswith(
+        "llm-align: 5 problems\n--lora_r: `lora_r` is `adapter.rank` here"
+    )
+    repairs = [line.partition("repair:   ")[2] for line in errors.splitlines() if "repair:" in line]
+    assert repairs == [
+        "adapter.rank=8",
+        "train.learning_rate=0.0001",
+        "model.precision=bfloat16",
+        "train.epochs=2",
+        "remove it",
+    ]
+    # The stage's own keys, and commands without a recipe.
+    assert "--beta: `beta` is `kto.beta` here" in call("kto", "--beta", "0.1")[2]
+    assert call("sft", "--colour", "red")[2].startswith("llm-align: No such option '--colour'.")
+    assert call("chat", "run", "--beta", "1")[2].startswith("llm-align: No such option '--beta'.")

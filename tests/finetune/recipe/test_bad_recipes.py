@@ -242,11 +242,19 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         ["train.epochs"],
         ["'train.epochs' (command line)", "invalid override", "section.key=value"],
     ),
-    "no section": (["epochs=3"], ["'epochs' (command line)", "invalid override", "as in train.epochs=3"]),
+    "no section": (
+        ["epochs=3"],
+        ["epochs (command line)", "`epochs` is `train.epochs` here", "train.epochs=3"],
+    ),
+    "no key": (["epoch=3"], ["'epoch' (command line)", "invalid override", "as in train.epochs=3"]),
     "three parts": (["data.columns.output=answer"], ["invalid override", "'data.columns={output: answer}'"]),
     "unknown section there": (
         ["trian.epochs=3"],
-        ["trian.epochs (command line)", "unknown section", "did you mean 'train'?"],
+        ["trian.epochs (command line)", "`epochs` is `train.epochs` here", "train.epochs=3"],
+    ),
+    "unknown section and key there": (
+        ["trian.epoch=3"],
+        ["trian.epoch (command line)", "unknown section", "did you mean 'train'?"],
     ),
     "text for a mapping": (
         ["data.system_prompt=[a]"],
