@@ -29,8 +29,9 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import Change, fit_to_rows
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.settings import TrainSettings
+from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.recipe.visible_text import visible_value
 from finetune.training.auto_values import optimizer_steps
 from finetune.training.model import TextEncoding, build_text_encoding
@@ -54,10 +55,12 @@ def preview(recipe: Recipe, *, rows: int) -> PreviewData:
     Raises:
         UserError: invalid data (with file, line and field), or unknown base.
     """
-    settings, train = recipe.settings, recipe.settings.train
+    settings = recipe.settings
     text, reason = build_text_encoding(settings)
     max_length, reason = _max_row_length(recipe, text, reason)
     report, tokenized, items = _prepare_data(recipe, text, max_length)
+    train, changes = _fitted_train(recipe, report, len(items.sources))
+    report.notes += [change.line() for change in changes]
     return {
         "stage": recipe.stage,
         "recipe": recipe.name,
@@ -80,6 +83,21 @@ def preview(recipe: Recipe, *, rows: int) -> PreviewData:
             for index in range(*items.rows[item : item + 2])
         ],
     }
+
+
+def _fitted_train(recipe: Recipe, report: DataReport, num_rows: int) -> tuple[TrainSettings, list[Change]]:
+    """Return the training settings that a run over N rows has, and what was scaled to the rows."""
+    if report.prompts:
+        return recipe.settings.train, []
+
+    def steps_with(settings: StageSettings) -> int:
+        train = settings.train
+        return optimizer_steps(
+            num_rows, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+        )
+
+    fitted, changes = fit_to_rows(recipe.settings, num_rows, steps_with)
+    return fitted.train, changes
 
 
 def _training_budget(report: DataReport, count: int, train: TrainSettings) -> PreviewData:

@@ -10,7 +10,7 @@ from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH
 from align.shared_rules import CONSISTENCY, PREFERENCE_NEFTUNE, TRL_REFERENCE
 from finetune.recipe.compatibility import Rule, caught, is_set
 from finetune.recipe.errors import Problem, UserError, one_of
-from finetune.recipe.settings import NonEmptyStr, PositiveFloat, Section
+from finetune.recipe.settings import NonEmptyStr, PositiveFloat, Section, TrainSettings
 
 DEFAULT_LOSS = "dpo"
 TRL_LOSS_TYPES = {
@@ -57,6 +57,14 @@ class DPOSettings(Section):
         if isinstance(self.loss, str):
             return {}
         return {key: value for key, value in self.loss.items() if key != "name"}
+
+
+class DPOTrainSettings(TrainSettings):
+    """Training settings of the preference losses."""
+
+    # alignment-handbook, zephyr-7b-beta/dpo/config_qlora.yaml: with LoRA. For all weights 1e-6 (arXiv
+    # 2305.18290, appendix B; TRL 1.16's DPOConfig).
+    learning_rate: PositiveFloat = Field(5e-6, description="peak learning rate")
 
 
 def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:

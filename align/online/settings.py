@@ -39,8 +39,9 @@ class OnlineTrainSettings(TrainSettings):
     batch_size: AtLeastTwo = Field(
         32, description="completions per optimizer step: prompts times sampling.num_generations"
     )
-    # arXiv 2402.03300, section 4.2: the policy's 1e-6, for all weights of 7B parameters.
-    learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
+    # verl, run_qwen3-4b_gsm8k_grpo_lora_merge.sh: with LoRA. For all weights 1e-6 (arXiv 2402.03300, section
+    # 4.2; TRL 1.16's GRPOConfig and RLOOConfig).
+    learning_rate: PositiveFloat = Field(1e-5, description="peak learning rate")
     # Prompts of similar length are often of one kind, and a step should have all kinds.
     group_by_length: bool = Field(False, description="batch prompts of similar length: less padding")
 

@@ -17,6 +17,7 @@ from finetune.planner.estimate import (
     recipe_workload,
 )
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import fit_to_rows
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import list_runs
 from finetune.recipe.settings import StageSettings
@@ -108,6 +109,8 @@ def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None 
     )
     max_length = stage.max_length(workload.architecture.max_positions)
     lengths = reuse.lengths.truncated(max_length[0]) if reuse else _measure_rows(recipe, stage, max_length[0])
+    recipe = _fitted(recipe, lengths)
+    settings, stage = recipe.settings, stage_plan(recipe.stage, recipe.settings)
 
     def workload_of_rows(rows: int) -> Workload:
         micro_batches = ceil(settings.train.batch_size / (rows * workload.processes))
@@ -138,6 +141,21 @@ def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None 
         micro_batch_size=micro_batch_size[0],
         workload_of_rows=workload_of_rows,
     )
+
+
+def _fitted(recipe: Recipe, lengths: RowLengths) -> Recipe:
+    """Return the recipe with limits that fit the rows, and a note on each change, as its run would have."""
+    if not lengths.rows:
+        return recipe
+
+    def steps_with(settings: StageSettings) -> int:
+        work = stage_plan(recipe.stage, settings).total_work(lengths)
+        assert work is not None, "the number of rows is known"
+        return work.steps
+
+    settings, changes = fit_to_rows(recipe.settings, lengths.rows, steps_with)
+    notes = [*recipe.notes, *(change.line() for change in changes)]
+    return replace(recipe, settings=settings, notes=notes)
 
 
 def _measure_rows(recipe: Recipe, stage: StagePlan, max_length: int) -> RowLengths:

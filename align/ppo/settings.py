@@ -16,6 +16,7 @@ from finetune.recipe.settings import (
     RowsInMemory,
     RowSource,
     Section,
+    TrainSettings,
 )
 
 
@@ -124,9 +125,18 @@ class StopSettings(Section):
     )
 
 
+class PPOTrainSettings(TrainSettings):
+    """Training settings of PPO."""
+
+    # Ten times the 3e-6 of Huang et al. 2024 (arXiv 2403.17031) and of TRL's PPOConfig, which train all
+    # weights: LoRA needs more.
+    learning_rate: PositiveFloat = Field(3e-5, description="peak learning rate")
+
+
 class Settings(RLSettings):
     """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
 
+    train: PPOTrainSettings = PPOTrainSettings()
     rewards: RewardsSettings = RewardsSettings()
     ppo: PPOSettings = PPOSettings()
     pretraining: PretrainingSettings = PretrainingSettings()

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
+from finetune.recipe.limits import AtMost
 from finetune.recipe.settings import AtLeastTwo, DataSettings
 
 
@@ -47,7 +48,13 @@ def prompt_length_problems(max_prompt_length: int, max_length: int) -> Iterator[
     """Yield the problem of prompts that leave no tokens for completions."""
     if max_prompt_length >= max_length:
         actual = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
-        yield Problem("data.max_prompt_length", actual, "less, to leave tokens for completions")
+        repair = f"data.max_prompt_length={max_length // 2}, or data.max_length={2 * max_prompt_length}"
+        yield Problem("data.max_prompt_length", actual, "less, to leave tokens for completions", repair)
+
+
+def scaled_prompt_length(max_prompt_length: int, max_length: int) -> int:
+    """Return a recipe's number of prompt tokens, at most half of a row if it leaves no completion."""
+    return max_prompt_length if max_prompt_length < max_length else max_length // 2
 
 
 def _check_no_selection(settings: PreferenceSections) -> Iterator[Problem]:
@@ -64,6 +71,8 @@ def _check_no_selection(settings: PreferenceSections) -> Iterator[Problem]:
 def _check_prompt_length(settings: PreferenceSections) -> Iterator[Problem]:
     data = settings.data
     assert data.max_prompt_length is not None and data.max_length is not None
+    if isinstance(data.max_prompt_length, AtMost):  # scaled when the rows are read
+        return
     yield from prompt_length_problems(data.max_prompt_length, data.max_length)
 
 

@@ -17,6 +17,7 @@ from finetune.recipe.settings import (
     PositiveFloat,
     Section,
     StageSettings,
+    TrainSettings,
 )
 from finetune.recipe.user_arguments import signature_problems
 from finetune.recipe.user_function import load_user_function
@@ -72,12 +73,21 @@ class RewardSettings(Section):
         return [function_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
 
 
+class RewardTrainSettings(TrainSettings):
+    """Training settings of a reward model."""
+
+    # TRL 1.16, RewardConfig and examples/scripts/reward_modeling.py: with LoRA. For all weights 1e-5 (arXiv
+    # 2307.09288, section 3.2.2: 5e-6 to 1e-5).
+    learning_rate: PositiveFloat = Field(1e-4, description="peak learning rate")
+
+
 class Settings(StageSettings):
     """The sections of a reward recipe."""
 
     TRL_CONFIG: ClassVar[str] = "RewardConfig"
 
     data: RewardData = RewardData()
+    train: RewardTrainSettings = RewardTrainSettings()
     reward: RewardSettings = RewardSettings()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.preference.rows.comparison_rows import split_by_prompt
+from align.preference.rows.comparison_rows import prompt_groups, split_by_prompt
 from align.preference.rows.fields import prompt_turns
 from align.preference.rows.layouts import INSTRUCTION_COLUMNS, LABELED, RANKINGS, PreferenceRow
 from data_templates.segments import REPLY_ROLES, Message
@@ -94,6 +94,10 @@ class PromptRows:
     def split(self, rows: Rows[RawPrompt], held_out: int | float, seed: int) -> tuple[Ids, Ids]:
         """Split by prompt, not by row: copies of a prompt would leak into the held-out split."""
         return split_by_prompt(rows, held_out, seed)
+
+    def groups(self, rows: Rows[RawPrompt]) -> Ids:
+        """Return the prompt of each row, as a number."""
+        return prompt_groups(rows)
 
     def count_relations(
         self,

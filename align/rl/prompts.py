@@ -22,6 +22,7 @@ from finetune.data.row_columns import RowColumns
 from finetune.data.row_store import Rows, as_array
 from finetune.data.tokens import CHUNK_SIZE, Encoded, Encoder
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import AtMost
 from finetune.training.context import RunContext
 from finetune.training.model import TextEncoding
 
@@ -162,6 +163,9 @@ def resolve_max_prompt_length(
         return max(
             MIN_PROMPT_TOKENS, text.max_length - max_new_tokens
         ), f"{max_new_tokens} tokens are reserved for the completion"
+    if requested > available and isinstance(requested, AtMost):
+        reason = f"{requested} in the recipe; the context of {text.context} minus {max_new_tokens} tokens"
+        return available, reason
     if requested > available:
         actual = f"{requested}, plus up to {max_new_tokens} completion tokens"
         expected = f"at most {available}: the context length is {text.context}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from align.dpo.diagnostics import DPO_METRICS, DiagnosticInputs, diagnose_dpo
 from align.dpo.settings import RULES as RULES
-from align.dpo.settings import DPOSettings
+from align.dpo.settings import DPOSettings, DPOTrainSettings
 from align.preference.losses.catalog import Loss, Setting, find_loss
 from align.preference.settings import PreferenceSettings
 from finetune.recipe.settings import StageSettings
@@ -44,6 +44,7 @@ class Settings(StageSettings):
     TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
     data: PreferenceSettings = PreferenceSettings()
+    train: DPOTrainSettings = DPOTrainSettings()
     dpo: DPOSettings = DPOSettings()
 
 

@@ -35,6 +35,9 @@ class ConversationRows:
         """Return random training and held-out rows."""
         return split_rows(len(rows), held_out, seed)
 
+    def groups(self, rows: Rows[Conversation]) -> None:
+        """Return None: each row is held out by itself."""
+
     def count_relations(
         self,
         rows: Rows[Conversation],

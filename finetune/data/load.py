@@ -24,7 +24,8 @@ from finetune.data.report import DataReport
 from finetune.data.row_store import Rows, RowT
 from finetune.data.rows import RowParser, first_problems, row_problem
 from finetune.data.sources import iter_source
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import HeldOutError, Problem, UserError
+from finetune.recipe.limits import scaled_held_out
 from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, TextFormat
 
 CAP_STREAM, SELECT_STREAM = 0, 1
@@ -73,6 +74,9 @@ class RowKind(Protocol[RowT]):
     def split(self, rows: Rows[RowT], held_out: int | float, seed: int) -> tuple[Ids, Ids]:
         """Return the indices of the training rows and of the held-out rows of a single source."""
 
+    def groups(self, rows: Rows[RowT]) -> Ids | None:
+        """Return the group of each row, rows of one group being held out together; None without groups."""
+
     def count_relations(
         self,
         rows: Rows[RowT],
@@ -102,12 +106,17 @@ def load_rows(
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     rows = Rows.concatenate([component.rows for component in components])
     if settings.mix is not None:
-        train_ids, held_out_ids = mix_components(components, settings, seed=seed, report=report)
+        holds_out = bool(settings.held_out) and not isinstance(settings.held_out, Source)
+        groups = kind.groups(rows) if holds_out else None
+        train_ids, held_out_ids = mix_components(components, settings, groups, seed=seed, report=report)
         train, held_out = rows.take(train_ids), rows.take(held_out_ids)
     elif isinstance(settings.held_out, Source):
         train, held_out = rows, rows[:0]
     else:
-        train_ids, held_out_ids = kind.split(rows, settings.held_out, seed)
+        count, change = scaled_held_out(len(rows), settings.held_out)
+        if change is not None:
+            report.notes.append(change.line())
+        train_ids, held_out_ids = kind.split(rows, count, seed)
         train, held_out = rows.take(train_ids), rows.take(held_out_ids)
     if (spec := held_out_spec(settings)) is not None:
         held_out = kind.load(spec, 0, seed, held_out_report).rows
@@ -271,7 +280,9 @@ def num_held_out(num_rows: int, held_out: int | float) -> int:
     count = held_out if isinstance(held_out, int) else max(1, round(held_out * num_rows)) if held_out else 0
     if count and count >= num_rows:
         actual = f"{count} of {num_rows} usable rows"
-        raise UserError(Problem("data.held_out", actual, "fewer rows, so that some remain for training"))
+        expected = "fewer rows, so that some remain for training"
+        repair = "data.held_out=0.1 holds out a tenth of the rows, data.held_out=0 none"
+        raise HeldOutError(Problem("data.held_out", actual, expected, repair), num_rows)
     return count
 
 

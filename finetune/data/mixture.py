@@ -5,7 +5,7 @@ Rates are proportional to numbers of rows (capped, smoothed by a temperature), o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import floor, fsum
 from typing import Any, Generic
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import Rows, RowT
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import scaled_held_out
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings
 
@@ -34,7 +35,12 @@ class MixtureComponent(Generic[RowT]):
 
 
 def mix_components(
-    components: Sequence[MixtureComponent[Any]], settings: DataSettings, *, seed: int, report: DataReport
+    components: Sequence[MixtureComponent[Any]],
+    settings: DataSettings,
+    groups: NDArray[np.int64] | None = None,
+    *,
+    seed: int,
+    report: DataReport,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return one epoch's shuffled training rows and the held-out rows, in the same proportions.
 
@@ -43,21 +49,34 @@ def mix_components(
     (that of the batches): to see more of a large source, set more rows per epoch. A pure function of seed and
     rows.
 
+    Args:
+        components: the sources.
+        settings: the recipe's data section.
+        groups: the group of each row (its prompt): no group is in both splits. None: each row by itself.
+        seed: of the samples.
+        report: receives notes.
+
     Raises:
         UserError: more rows of a source are held out than it has.
     """
     sizes = [len(component.rows) for component in components]
     starts = [0, *accumulate(sizes)]
     # Held-out rows are taken first, at the rates of the full sources; the epoch's rates use what remains.
-    held_out_counts = _held_out_counts(components, settings, _mixing_rates(sizes, settings))
-    train_ids: list[NDArray[np.int64]] = []
-    held_out_ids: list[NDArray[np.int64]] = []
-    for index, (size, count) in enumerate(zip(sizes, held_out_counts, strict=True)):
-        order = np.random.default_rng([seed, index, HELD_OUT_STREAM]).permutation(size)
-        is_held_out = np.zeros(size, dtype=bool)
-        is_held_out[order[:count]] = True
-        train_ids.append(np.flatnonzero(~is_held_out) + starts[index])
-        held_out_ids.append(np.flatnonzero(is_held_out) + starts[index])
+    held_out_counts = _held_out_counts(components, settings, _mixing_rates(sizes, settings), report)
+    is_held_out = np.zeros(starts[-1], dtype=bool)
+    for index, count in enumerate(held_out_counts):
+        rng, rows = np.random.default_rng([seed, index, HELD_OUT_STREAM]), slice(*starts[index : index + 2])
+        # Rows without a prompt are groups of their own.
+        own_groups = np.arange(sizes[index]) if groups is None else groups[rows]
+        is_held_out[rows] = draw_groups(own_groups, count, rng)
+    if groups is not None:
+        # A prompt of several sources would be in both splits.
+        shared = np.isin(groups, groups[is_held_out]) & ~is_held_out
+        if num_shared := int(shared.sum()):
+            report.notes.append(f"{num_shared} more rows are held out: other rows of their prompts are")
+        is_held_out |= shared
+    train_ids = [np.flatnonzero(~is_held_out[start:end]) + start for start, end in pairwise(starts)]
+    _require_training_rows(components, [len(ids) for ids in train_ids])
     remaining = [len(ids) for ids in train_ids]
     counts = _epoch_counts(components, remaining, _mixing_rates(remaining, settings), settings, report)
     sampled: list[NDArray[np.int64]] = []
@@ -67,7 +86,42 @@ def mix_components(
     # Until here the rows are grouped by source.
     epoch_ids = np.concatenate(sampled)
     order = np.random.default_rng([seed, len(components), SHUFFLE_STREAM]).permutation(len(epoch_ids))
-    return epoch_ids[order], np.concatenate(held_out_ids)
+    return epoch_ids[order], np.flatnonzero(is_held_out)
+
+
+def draw_groups(groups: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Return a mask of rows to hold out: complete groups, at most ``count`` rows.
+
+    >>> draw_groups(np.array([0, 0, 1, 2]), 2, np.random.default_rng(0)).tolist()
+    [False, False, True, True]
+    """
+    _, first, group_of_row, sizes = np.unique(
+        groups, return_index=True, return_inverse=True, return_counts=True
+    )
+    # In the order in which groups occur, so that their numbers do not matter.
+    by_first = np.argsort(first, kind="stable")
+    drawn, num_rows = np.zeros(len(sizes), dtype=bool), 0
+    # Greedy: a group with more rows than are still wanted is skipped.
+    for index in by_first[rng.permutation(len(by_first))]:
+        if num_rows + sizes[index] <= count:
+            drawn[index] = True
+            num_rows += int(sizes[index])
+    return drawn[group_of_row]
+
+
+def _require_training_rows(components: Sequence[MixtureComponent[Any]], remaining: Sequence[int]) -> None:
+    problems = [
+        Problem(
+            "data.held_out",
+            f"all rows of {component.report.source}: their prompts are held out",
+            "rows that remain for training",
+            "hold out fewer rows, or a file of its own",
+        )
+        for component, count in zip(components, remaining, strict=True)
+        if not count
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
@@ -86,7 +140,10 @@ def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
 
 
 def _held_out_counts(
-    components: Sequence[MixtureComponent[Any]], settings: DataSettings, rates: Sequence[float]
+    components: Sequence[MixtureComponent[Any]],
+    settings: DataSettings,
+    rates: Sequence[float],
+    report: DataReport,
 ) -> list[int]:
     """Return the number of held-out rows per source; a fraction is of the longest mixture without repeats."""
     num_held_out = settings.held_out
@@ -96,12 +153,16 @@ def _held_out_counts(
     if isinstance(num_held_out, float):
         # At least one row: a fraction of a small mixture may round to zero.
         num_held_out = max(1, round(num_held_out * max_rows_without_repeats(sizes, rates)))
-    counts = allocate_rows(num_held_out, rates)
+    num_held_out, change = scaled_held_out(max_rows_without_repeats(sizes, rates), num_held_out)
+    if change is not None:
+        report.notes.append(change.line())
+    counts = allocate_rows(int(num_held_out), rates)
     problems = [
         Problem(
             "data.held_out",
             f"{count} of {size} rows of {component.report.source}",
             "fewer rows than the source has",
+            "data.held_out=0.1 holds out a tenth of the mixture",
         )
         for component, count, size in zip(components, counts, sizes, strict=True)
         if count >= size

@@ -27,6 +27,7 @@ from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import Rows, RowT, TextBuilder, TextColumn, message_values
 from finetune.data.sources import hub_fingerprint
 from finetune.recipe.discovery import local_path
+from finetune.recipe.limits import AtMost
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings
 
@@ -247,6 +248,8 @@ def _cache_key(kind: TokenizedKind[Any], settings: DataSettings, seed: int) -> s
         type(kind).__name__,
         kind.cache_key(),
         section,
+        # A limit may hold out fewer rows than the same number that the user typed.
+        isinstance(settings.held_out, AtMost),
         mix,
         seed if _depends_on_seed(settings) else None,
         data_fingerprint(settings),

@@ -56,17 +56,22 @@ def parse_overrides(
     return values, problems
 
 
-def apply_overrides(values: SectionValues, origins: Origins, *, overrides: dict[str, Any]) -> list[str]:
+def apply_overrides(
+    values: SectionValues, origins: Origins, *, overrides: dict[str, Any], schema: type[StageSettings]
+) -> list[str]:
     """Apply overrides to the recipe's values; return notes on recipe values that no longer apply."""
-    previous_method = _method(values)
-    # loss=dpo before loss.beta=0.2: a nested key changes the setting that another override may replace.
-    for dotted, value in sorted(overrides.items(), key=lambda override: override[0].count(".")):
+    previous_method, notes = _method(values), []
+    for dotted, value in sorted(overrides.items(), key=_override_order):
         section, key, inner = _split_key(dotted)
         content = values.setdefault(section, {})
-        content[key] = _set_inner(content.get(key), inner, value) if inner else value
+        if key in _named_choices(schema, section):
+            default = dict(schema.model_fields[section].default)[key]
+            content[key], dropped = _set_choice(content.get(key), inner, value, default=default)
+            notes += [_dropped_setting(f"{section}.{key}", origins, *setting) for setting in dropped]
+        else:
+            content[key] = value
         # The nested key and its setting: problems may refer to either.
         origins[dotted] = origins[f"{section}.{key}"] = COMMAND_LINE
-    notes = []
     # Collected first: the loop deletes values that the generator reads.
     for dotted, reason in dict(_obsolete_keys(values, origins)).items():
         section, key = dotted.split(".")
@@ -87,10 +92,42 @@ def _named_choices(schema: type[StageSettings], section: str) -> tuple[str, ...]
     return known[section].annotation.NAMED_CHOICES if section in known else ()  # type: ignore[union-attr]
 
 
-def _set_inner(current: Any, inner: str, value: Any) -> dict[str, Any]:
-    """Return a named setting (a name or a mapping) with one of its inner settings replaced."""
+def _override_order(override: tuple[str, Any]) -> tuple[int, bool]:
+    """Return a sort key: loss=dpo before loss.name=ipo, and that before loss.beta=0.2."""
+    # A nested key changes the setting that another override may replace.
+    _, _, inner = _split_key(override[0])
+    return bool(inner), inner != "name"
+
+
+def _set_choice(
+    current: Any, inner: str, value: Any, *, default: str
+) -> tuple[Any, list[tuple[str, str, Any]]]:
+    """Return a named choice (a name, or a mapping of it and its settings) with an override applied.
+
+    Settings of another choice are left out, and returned: (name of the choice, setting, value).
+
+    Args:
+        current: the recipe's value.
+        inner: the overridden setting of the choice; "": the choice is replaced.
+        value: the override.
+        default: the name of a mapping without one.
+    """
     mapping = {"name": current} if isinstance(current, str) else dict(current or {})
-    return {**mapping, inner: value}
+    if inner and inner != "name":
+        return {**mapping, inner: value}, []
+    previous, settings = mapping.pop("name", default), mapping
+    name = value.get("name", default) if isinstance(value, dict) else value
+    if name != previous:
+        dropped = [(previous, setting, old_value) for setting, old_value in settings.items()]
+        return value, dropped
+    # The same choice, named again, keeps its settings; a complete mapping replaces them.
+    return ({"name": name, **settings} if settings and not isinstance(value, dict) else value), []
+
+
+def _dropped_setting(dotted: str, origins: Origins, name: str, setting: str, value: Any) -> str:
+    origin = origins.get(f"{dotted}.{setting}") or origins.get(dotted, "")
+    text = f"{dotted}.{setting}={yaml_file.format_value(value)}"
+    return f"{text} ({origin}) is ignored: it is a setting of '{name}'"
 
 
 def _unknown_section(key: str, value: Any, schema: type[StageSettings]) -> Problem:
@@ -140,6 +177,12 @@ def _obsolete_keys(values: SectionValues, origins: Origins) -> Iterator[tuple[st
         obsolete += [
             (f"model.{key}", REPLACED_BASE) for key in ("revision", "trust_remote_code", "init_from")
         ]
+    # A number of steps would win over epochs.
+    if "train.epochs" in overridden:
+        obsolete.append(("train.max_steps", "train.epochs is set"))
+    # Variables of the tokenizer's chat template; other templates have none.
+    if "data.template" in overridden and values["data"]["template"] != "tokenizer":
+        obsolete.append(("data.template_options", f"template '{values['data']['template']}' has no options"))
     # Llama 2's combination is of two rewards, and this is one.
     sources = values.get("rewards", {}).get("sources")
     if "rewards.sources" in overridden and (not isinstance(sources, list) or len(sources) == 1):

@@ -73,6 +73,22 @@ class LibraryError(UserError):
         return LibraryError, (self.problems, self.cause)
 
 
+class HeldOutError(UserError):
+    """More rows are held out than a source has.
+
+    Attributes:
+        num_rows: its usable rows.
+    """
+
+    def __init__(self, problems: Problem | Sequence[Problem], num_rows: int) -> None:
+        super().__init__(problems)
+        self.num_rows = num_rows
+
+    def __reduce__(self) -> tuple[type["HeldOutError"], tuple[list[Problem], int]]:  # type: ignore[override]
+        """Pickle the problems and the number, for sending the error between processes."""
+        return HeldOutError, (self.problems, self.num_rows)
+
+
 class UserFunctionError(UserError):
     """A user function raised or returned no number: the run resumes after the function is corrected."""
 

@@ -108,7 +108,10 @@ class PythonRows:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        as_text = core_schema.plain_serializer_function_ser_schema(str, when_used="json")
+        # In a union, pydantic asks for numbers of a subclass of int too.
+        as_text = core_schema.plain_serializer_function_ser_schema(
+            lambda value: str(value) if isinstance(value, PythonRows) else value, when_used="json"
+        )
         return core_schema.is_instance_schema(cls, serialization=as_text)
 
     @classmethod

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -11,9 +12,10 @@ from pydantic import ValidationError
 from typing_extensions import TypeVar
 
 from finetune.recipe import command_line, yaml_file
-from finetune.recipe.command_line import Origins, SectionValues
+from finetune.recipe.command_line import COMMAND_LINE, Origins, SectionValues
 from finetune.recipe.discovery import (
     ADAPTERS,
+    PROJECT,
     adapter_settings,
     find_recipe,
     load_stage,
@@ -24,6 +26,7 @@ from finetune.recipe.discovery import (
 from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.foreign_names import foreign_problem, foreign_stage
+from finetune.recipe.limits import mark_limits
 from finetune.recipe.parent_run import (
     ParentRun,
     inherit_settings,
@@ -122,20 +125,37 @@ def read_recipe(
     origins = {".".join(key): f"{path.name}:{line}" for key, line in lines.items()}
     values, problems = _split_sections(content, schema, stage=stage, path=path)
     overridden, override_problems = command_line.parse_overrides(shortcuts or {}, overrides, schema=schema)
-    notes = command_line.apply_overrides(values, origins, overrides=overridden)
+    notes = command_line.apply_overrides(values, origins, overrides=overridden, schema=schema)
     parent_notes, parent_problems = _inherit_from_parent(
         values, origins, stage=stage, out=out, ancestors=ancestors, pending=pending or {}
     )
     sections, section_problems = _validate_sections(values, schema)
     # Defaults stand in for invalid sections, so that cross-field checks of the valid ones still run.
     settings = schema(**sections)
+    all_origins = _all_origins(settings, origins)
+    settings = mark_limits(settings, partial(_is_limit, path=path, run=run, origins=all_origins))
     problems += [*parent_problems, *section_problems, *cross_field_problems(stage, settings, sections)]
     if problems or override_problems:
         raise UserError([*(problem.with_origin(origins) for problem in problems), *override_problems])
     description = " ".join(str(content.get("description") or "").split())
     name = str(read_run_record(run)["recipe"]) if run is not None else path.stem
-    all_origins = _all_origins(settings, origins)
     return Recipe(stage, name, description, settings, all_origins, out, notes + parent_notes, run)
+
+
+def _is_limit(key: str, *, path: Path, run: Path | None, origins: Origins) -> bool:
+    """Return whether nobody typed a number: it is a default, or that of a shipped recipe.
+
+    Args:
+        key: ``section.key``.
+        path: the recipe's file.
+        run: the run whose recipe this is; it has recorded which numbers were limits.
+        origins: of all values.
+    """
+    origin = origins.get(key, DEFAULT_ORIGIN)
+    if run is not None and origin != COMMAND_LINE:
+        return key in read_run_record(run).get("limits", [])
+    is_shipped = path.resolve().is_relative_to(PROJECT / "recipes")
+    return origin == DEFAULT_ORIGIN or (is_shipped and origin.startswith(f"{path.name}:"))
 
 
 def _with_run_files(content: Any, run: Path) -> Any:

@@ -10,6 +10,7 @@ from finetune.planner.estimate import ObjectiveKind, Workload, estimate, recipe_
 from finetune.recipe.base_config import StoredQuantization, load_stored_quantization
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import AtMost
 from finetune.recipe.settings import StageSettings
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
@@ -68,6 +69,8 @@ def max_length(requested: int | None, *, context: int, virtual_tokens: int) -> t
         return min(available, DEFAULT_MAX_LENGTH), reason
     if requested > available:
         taken = f", the adapter takes {virtual_tokens}" if virtual_tokens else ""
+        if isinstance(requested, AtMost):
+            return available, f"{requested} in the recipe; the model has {context} positions{taken}"
         expected = f"at most {available}: the model has {context} positions{taken}"
         raise UserError(
             Problem("data.max_length", f"found {requested}", expected, f"data.max_length={available}")

@@ -28,6 +28,7 @@ from finetune.distributed.rank import DistInfo, dist_info
 from finetune.recipe.console import when_lost
 from finetune.recipe.disk import StorageError, writing_inside
 from finetune.recipe.errors import UserError, UserFunctionError
+from finetune.recipe.limits import limit_keys
 from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.recipe.runs import FORMAT, STOPPED
 from finetune.recipe.user_calls import CALLS, merge_call_times
@@ -77,6 +78,7 @@ class RunContext(Generic[SettingsT]):
         schedule_part: the part of the learning rate schedule that this run covers.
         loading_contexts: contexts of sharded weights (ZeRO-3), open from loading until training begins.
         is_recording: whether run.json exists, so that checks are written to it at once.
+        fitted: the settings with limits that fit the training rows; None before these are read.
     """
 
     recipe: Recipe[SettingsT]
@@ -93,11 +95,12 @@ class RunContext(Generic[SettingsT]):
     schedule_part: SchedulePart = COMPLETE_SCHEDULE
     loading_contexts: ExitStack = field(default_factory=ExitStack)
     is_recording: bool = False
+    fitted: SettingsT | None = None
 
     @property
     def settings(self) -> SettingsT:
-        """Return the recipe's settings."""
-        return self.recipe.settings
+        """Return the recipe's settings, fitted to the rows once these are read."""
+        return self.recipe.settings if self.fitted is None else self.fitted
 
     @property
     def versions(self) -> dict[str, str]:
@@ -224,6 +227,7 @@ class RunContext(Generic[SettingsT]):
             hardware={"device": self.hardware.device, "name": self.hardware.name},
             processes=self.dist.world_size,
             preflight=self.check_results,
+            limits=limit_keys(self.recipe.settings),
             **({"init_from": parent} if parent is not None else {}),
             **self._code_sections(),
             **metadata,

@@ -7,13 +7,17 @@ decay reaches 0 only after the last step. Without warm-up the rates are those of
 
 import math
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 
+from finetune.recipe.errors import Problem
+from finetune.recipe.limits import MIN_STEPS
+from finetune.recipe.settings import TrainSettings
 from finetune.training.auto_values import warmup_steps
-from finetune.training.preflight.checks import CheckResult
+from finetune.training.preflight.checks import CheckResult, failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +116,37 @@ class ScheduledTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
 
-def check_warmup(warmup: float, num_steps: int, part: SchedulePart = COMPLETE_SCHEDULE) -> list[CheckResult]:
-    """Check that warm-up is not longer than the run, which shortens it; empty if it is not.
+def check_schedule(
+    train: TrainSettings, num_steps: int, part: SchedulePart = COMPLETE_SCHEDULE
+) -> list[CheckResult]:
+    """Check that a run has enough steps, and that its intervals are shorter; empty if so.
 
     Args:
-        warmup: steps, or a fraction of all steps (below 1).
+        train: settings whose limits are fitted: what is too large here, the user typed.
         num_steps: optimizer steps of this run.
-        part: the part of the schedule that the run covers; the first one has the warning.
+        part: the part of the schedule that the run covers; only the first one is checked.
     """
-    total = part.num_parts * num_steps
-    if part.index or warmup <= total:
+    if part.index:
         return []
-    detail = f"{warmup} steps are more than the run's {total}: shortened to {total}, without a decay"
-    return [CheckResult("warmup", f"{detail}; train.warmup=0.1 is a tenth of any run", warned=True)]
+    results = check_warmup(train, part.num_parts * num_steps)
+    if num_steps < MIN_STEPS and train.max_steps is None:
+        epochs = ceil(train.epochs * MIN_STEPS / num_steps)
+        detail = f"only {num_steps} optimizer step{'s' * (num_steps > 1)}: the model may change little"
+        repair = f"train.epochs={epochs}, a smaller train.batch_size ({train.batch_size}), or more rows"
+        results.append(CheckResult("steps", f"{detail}; {repair}", warned=True))
+    for key, value in (("evaluate_every", train.evaluate_every), ("log_every", train.log_every)):
+        if value is not None and value > num_steps:
+            detail = f"train.{key}={value} is more than the run's {num_steps} steps: it has no effect"
+            results.append(
+                CheckResult("intervals", f"{detail}; train.{key}={max(1, num_steps // 4)}", warned=True)
+            )
+    return results
+
+
+def check_warmup(train: TrainSettings, num_steps: int) -> list[CheckResult]:
+    """Check that warm-up is not longer than the run; empty if it is not."""
+    if train.warmup <= num_steps:
+        return []
+    actual = f"{train.warmup} steps, but the run has {num_steps} optimizer step{'s' * (num_steps > 1)}"
+    repair = "train.warmup=0.1 is a tenth of any run; or more steps (train.epochs, train.max_steps)"
+    return [failed("warmup", Problem("train.warmup", actual, "at most the steps of the run", repair))]

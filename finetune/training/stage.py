@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.errors import CheckFailedError, LibraryError
+from finetune.recipe.errors import CheckFailedError, HeldOutError, LibraryError, Problem, UserError
+from finetune.recipe.limits import fit_to_rows
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import StageSettings
 from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
@@ -197,10 +199,24 @@ def run_stage(
                 stage.run(ctx)
             else:
                 train(ctx, stage.build(ctx))
+        except HeldOutError as error:
+            raise UserError([*error.problems, *_schedule_problems(recipe, error.num_rows)]) from error
         except LibraryError as error:
             run.record_library_error(error, command=command)
             raise
     return Result.of(run)
+
+
+def _schedule_problems(recipe: Recipe, num_rows: int) -> list[Problem]:
+    """Return what else the user has to repair on data of few rows: all problems are reported at once."""
+    from finetune.training.arguments import num_optimizer_steps
+    from finetune.training.schedule import check_warmup
+
+    fitted, _ = fit_to_rows(
+        recipe.settings, num_rows, lambda settings: num_optimizer_steps(settings.train, num_rows)
+    )
+    results = check_warmup(fitted.train, num_optimizer_steps(fitted.train, num_rows))
+    return [result.problem for result in results if result.problem is not None]
 
 
 def train(ctx: "RunContext", method: Method) -> None:
@@ -225,17 +241,16 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
     from finetune.training.save import save_policy
-    from finetune.training.schedule import check_warmup
+    from finetune.training.schedule import check_schedule
 
     def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
         return generate_sharded(ctx, method.text, method.policy, prompts)
 
+    fit_limits(ctx, method)
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
-    evals = None
-    if isinstance(method, LoadsEvals):
-        evals = method.evals
-    elif spec.generates:
+    evals: GenerationEvals | None = method.evals if isinstance(method, LoadsEvals) else None
+    if evals is None and spec.generates:
         evals = GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
     with adapter_errors(unwrap_model(method.policy.model), ctx.settings.adapter, first_pass=True):
         sections = method.prepare()
@@ -244,7 +259,7 @@ def train(ctx: "RunContext", method: Method) -> None:
         check_saveable(method.policy.model)
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
-    ctx.check(*check_warmup(ctx.settings.train.warmup, num_steps, ctx.schedule_part))
+    ctx.check(*check_schedule(ctx.settings.train, num_steps, ctx.schedule_part))
     metadata = _metadata(ctx, method, sections) | {"steps": num_steps}
     for note in evals.notes if evals else []:
         ctx.log(note)
@@ -290,6 +305,23 @@ def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Fin
     for finding in (*shared, *findings):
         ctx.log(finding.format_line())
     ctx.run.update(diagnostics=[finding.record() for finding in (*shared, *findings)])
+
+
+def fit_limits(ctx: "RunContext", method: Method) -> None:
+    """Fit the numbers that the user did not set to the training rows; each change is a line."""
+    from finetune.training.preflight.checks import CheckResult
+
+    def steps_with(settings: StageSettings) -> int:
+        ctx.fitted = settings
+        return count_steps(ctx, method)
+
+    fitted, changes = fit_to_rows(
+        ctx.recipe.settings, len(method.data.train), steps_with, num_parts=ctx.schedule_part.num_parts
+    )
+    ctx.fitted = fitted
+    for change in changes:
+        ctx.check(CheckResult("fitted", change.line()))
+        ctx.resolve_auto(change.key, (f"{change.after:g}", change.reason))
 
 
 def count_steps(ctx: "RunContext", method: Method) -> int:

@@ -12,7 +12,7 @@ from align.preference.settings import PreferenceSettings
 from data_templates.segments import Message
 from finetune.data.layouts import Layout, match_layout
 from finetune.data.load import Ids, SourceSpec, num_held_out, open_source
-from finetune.data.mixture import MixtureComponent
+from finetune.data.mixture import MixtureComponent, draw_groups
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.row_store import LocatedText, Rows, RowStore, message_values, text_digest
 from finetune.recipe.errors import Problem, UserError
@@ -60,6 +60,10 @@ class ComparisonRows:
         """Return training and held-out rows by prompt."""
         return split_by_prompt(rows, held_out, seed)
 
+    def groups(self, rows: Rows[Comparison]) -> Ids:
+        """Return the prompt of each row, as a number."""
+        return prompt_groups(rows)
+
     def count_relations(
         self,
         rows: Rows[Comparison],
@@ -90,22 +94,22 @@ def split_by_prompt(rows: Rows[PromptRow], held_out: int | float, seed: int) -> 
         UserError: no training rows would be left, or every prompt has more rows than are held out.
     """
     count = num_held_out(len(rows), held_out)
-    rows_by_prompt: dict[int, list[int]] = {}
-    for row_index, row in enumerate(rows):
-        rows_by_prompt.setdefault(prompt_digest(row.prompt), []).append(row_index)
-    prompt_rows = list(rows_by_prompt.values())
-    held_out_rows: set[int] = set()
-    # Greedy: a prompt with more rows than are still wanted is skipped.
-    for index in np.random.default_rng([seed, len(rows)]).permutation(len(prompt_rows)):
-        if len(held_out_rows) + len(prompt_rows[index]) <= count:
-            held_out_rows.update(prompt_rows[index])
-    if count and not held_out_rows:
+    rng = np.random.default_rng([seed, len(rows)])
+    is_held_out = draw_groups(prompt_groups(rows), count, rng)
+    if count and not is_held_out.any():
         actual = f"{count} of {len(rows)} usable rows, but every prompt has more"
         raise UserError(
             Problem("data.held_out", actual, "at least the rows of one prompt", "a larger number, or a file")
         )
-    held_out_ids = np.asarray(sorted(held_out_rows), dtype=np.int64)
-    return np.setdiff1d(np.arange(len(rows)), held_out_ids), held_out_ids
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def prompt_groups(rows: Rows[PromptRow]) -> Ids:
+    """Return the prompt of each row: equal prompts have equal numbers, in the order in which they occur."""
+    numbers: dict[int, int] = {}
+    return np.asarray(
+        [numbers.setdefault(prompt_digest(row.prompt), len(numbers)) for row in rows], dtype=np.int64
+    )
 
 
 def prompt_digest(prompt: Sequence[Message]) -> int:

@@ -12,7 +12,11 @@ from align.preference.rows.comparison_rows import ComparisonRows, PreferenceKind
 from align.preference.rows.comparisons import Comparison
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.rows.encode import LengthLimits, encode_comparisons
-from align.preference.settings import PreferenceSettings, prompt_length_problems
+from align.preference.settings import (
+    PreferenceSettings,
+    prompt_length_problems,
+    scaled_prompt_length,
+)
 from finetune.data.conversation import Conversation
 from finetune.data.mapped_cache import Arrays
 from finetune.data.pipeline import EncodedIndex, EncodedRows, prepare
@@ -20,6 +24,7 @@ from finetune.data.report import DataReport
 from finetune.data.row_store import Rows
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.limits import AtMost, Change
 from finetune.training.context import RunContext
 from finetune.training.model import TextEncoding
 
@@ -87,12 +92,18 @@ def prepare_preferences(
     train = PreferenceGroups.of(data.train)
     held_out = None if data.held_out is None else PreferenceGroups.of(data.held_out)
     _fill_preference_report(train, data.report)
+    limit, used = settings.max_prompt_length, comparison_kind.limits.max_prompt_length
+    if limit is not None and used < limit:
+        change = Change("data.max_prompt_length", limit, used, f"half of {max_length} tokens of a row")
+        data.report.notes.insert(0, change.line())
     samples = data.train.samples if data.held_out is None else data.held_out.samples
     return PreparedPreferences(train, held_out, samples, data.report)
 
 
 def _length_limits(settings: PreferenceSettings, max_length: int) -> LengthLimits:
     max_prompt_length = settings.max_prompt_length or max_length // 2
+    if isinstance(max_prompt_length, AtMost):
+        max_prompt_length = scaled_prompt_length(max_prompt_length, max_length)
     # Where `max_length` is auto; a rule of recipes compares a given one.
     if problems := [*prompt_length_problems(max_prompt_length, max_length)]:
         raise UserError(problems)

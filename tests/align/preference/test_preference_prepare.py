@@ -18,6 +18,17 @@ def prompts_of(groups):
     return {tuple(groups[index].prompt_ids.tolist()) for index in range(len(groups))}
 
 
+def test_a_mixture_is_held_out_by_prompt_in_all_of_its_sources():
+    first = [pair(f"q{index % 10}", chosen=f"a{index}") for index in range(20)]
+    second = [pair(f"q{index % 15}", chosen=f"b{index}") for index in range(30)]
+    data = prepared(None, mix=[{"source": first}, {"source": second}], held_out=6)
+    prompts = [{tuple(group.prompt_ids) for group in split} for split in (data.train, data.held_out)]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+    assert "with a prompt that is in the training data" not in " ".join(data.report.counts)
+    [note] = [note for note in data.report.notes if "held out" in note]
+    assert note.endswith("more rows are held out: other rows of their prompts are")
+
+
 @pytest.mark.parametrize("held_out", [6, 0.2])
 def test_held_out_rows_are_split_by_prompt(held_out):
     data = prepared(rows(30, prompts=10), held_out=held_out)

@@ -13,7 +13,7 @@ RATES = st.lists(st.floats(0.001, 1), min_size=1, max_size=8).map(lambda raw: [r
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(mixture).failed == 0 and doctest.testmod(mixture).attempted == 4
+    assert doctest.testmod(mixture).failed == 0 and doctest.testmod(mixture).attempted == 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from finetune.training.schedule import SchedulePart, build_schedule, check_warmup
+from finetune.recipe.settings import TrainSettings
+from finetune.training.schedule import SchedulePart, build_schedule, check_schedule, check_warmup
 
 DECAYS = ("linear", "cosine", "constant")
 
@@ -28,7 +29,7 @@ def test_no_step_has_a_rate_of_0_and_the_peak_is_reached(decay: str, warmup: flo
     assert min(rates) > 0 and max(rates) == 1.0
     peak = rates.index(1.0)
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert len(check_warmup(warmup, num_steps)) == (warmup > num_steps)
+    assert len(check_warmup(TrainSettings(warmup=warmup), num_steps)) == (warmup > num_steps)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,22 @@ def test_rounds_of_other_lengths_continue_the_schedule() -> None:
     assert short == pytest.approx([10 / 18, 5 / 18]) and long[-1] == pytest.approx(1 / 72)
 
 
-def test_a_warmup_longer_than_the_run_is_reported_once_with_all_rounds() -> None:
-    [result] = check_warmup(150, 20)
-    assert result.warned and "150 steps are more than the run's 20: shortened to 20" in result.detail
-    assert check_warmup(30, 20, SchedulePart(0, 2)) == []
-    assert check_warmup(50, 20, SchedulePart(1, 2, 20)) == []
-    [result] = check_warmup(50, 20, SchedulePart(0, 2))
-    assert "the run's 40" in result.detail
+def problems(train: TrainSettings, num_steps: int, part: SchedulePart = SchedulePart()) -> list[str]:  # noqa: B008
+    return [result.problem.actual for result in check_schedule(train, num_steps, part) if result.problem]
+
+
+def test_a_warmup_longer_than_the_run_is_refused_once_with_all_rounds() -> None:
+    train = TrainSettings(warmup=50)
+    assert problems(train, 20) == ["50 steps, but the run has 20 optimizer steps"]
+    assert problems(train, 25, SchedulePart(0, 2)) == problems(train, 20, SchedulePart(1, 2, 20)) == []
+    assert problems(train, 20, SchedulePart(0, 2)) == ["50 steps, but the run has 40 optimizer steps"]
+
+
+def test_few_steps_and_intervals_without_effect_are_reported() -> None:
+    train = TrainSettings(warmup=0, epochs=2, batch_size=4, evaluate_every=50)
+    few, interval = check_schedule(train, 7)
+    assert few.warned and few.detail.startswith("only 7 optimizer steps: the model may change little")
+    assert "train.epochs=6, a smaller train.batch_size (4)" in few.detail
+    assert "train.evaluate_every=50 is more than the run's 7 steps: it has no effect" in interval.detail
+    # A number of steps that the user typed is meant.
+    assert check_schedule(TrainSettings(warmup=0, max_steps=3), 3) == []
