@@ -111,11 +111,11 @@ def fit_to_rows(
         changes.append(Change("train.max_steps", max_steps, steps, reason))
     total = num_parts * steps
     plural = "s" if total > 1 else ""
-    limits = {
-        "train.warmup": (ceil(WARMUP_FRACTION * total), f"a tenth of {total} optimizer step{plural}"),
-        "train.evaluate_every": (max(1, steps // EVALUATIONS), f"the run has {steps} optimizer steps"),
-        "train.checkpoint_every": (steps, f"the run has {steps} optimizer steps"),
-    }
+    limits = {"train.warmup": (ceil(WARMUP_FRACTION * total), f"a tenth of {total} optimizer step{plural}")}
+    if settings.train.max_steps is None:  # a typed number of steps is often a trial
+        reason = f"the run has {steps} optimizer steps"
+        limits["train.evaluate_every"] = (max(1, steps // EVALUATIONS), reason)
+        limits["train.checkpoint_every"] = (steps, reason)
     for key, (limit, reason) in limits.items():
         value = setting(settings, key)
         is_too_large = value is not None and value > (limit if key == "train.warmup" else steps)
