@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.small_samples import FEW_CASES, describe_sample, is_conclusive, wilson_interval
 
 DPO_CURVES = {
     "loss": "training loss (mean per group)",
@@ -73,12 +74,14 @@ class DiagnosticInputs:
         length_ratio: chosen to rejected tokens in the training data.
         completions: completions of some prompts, before and after training.
         has_nll_term: whether the loss has an NLL term on the chosen completions.
+        num_held_out: held-out pairs (or lists); 0: the metrics are those of training.
     """
 
     metrics: DPOMetricValues
     length_ratio: float
     completions: Sequence[tuple[str, str]]
     has_nll_term: bool
+    num_held_out: int = 0
 
     def before_and_after(self, metric: str) -> tuple[float, float] | None:
         """Return a metric before and after training: held-out, else that of the first and the last steps."""
@@ -111,6 +114,11 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
     (first, last), (before, after) = margins, accuracies
     evidence = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
     margin_gain, accuracy_gain = last - first, after - before
+    if count := inputs.num_held_out:
+        evidence = f"{evidence} on {describe_sample(before, after, count)}"
+        if count < FEW_CASES and not is_conclusive(before, after, count):
+            meaning = "too few held-out pairs to tell whether chosen completions gained"
+            return Finding("learning", evidence.removesuffix(", too few to tell"), meaning)
     # The margin decides, which every pair changes: accuracy counts the pairs whose sign changed.
     if margin_gain <= -MIN_MARGIN_GAIN or (
         accuracy_gain <= -MIN_ACCURACY_GAIN and margin_gain < MIN_MARGIN_GAIN
@@ -180,6 +188,10 @@ def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
     if train_accuracy is None:
         return None
     gap = 0.0 if held_out_accuracy is None else train_accuracy - held_out_accuracy
+    # A small sample may be below the training accuracy by chance.
+    if held_out_accuracy is not None and inputs.num_held_out:
+        _, highest = wilson_interval(held_out_accuracy, inputs.num_held_out)
+        gap = gap if train_accuracy > highest else 0.0
     evidence = f"accuracy {train_accuracy:.1%} in training" + (
         "" if held_out_accuracy is None else f", {held_out_accuracy:.1%} held out"
     )

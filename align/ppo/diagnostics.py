@@ -9,6 +9,7 @@ from align.rl.first_completions import ENDINGS_REPAIR, MIN_EOS_RATE
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
+from finetune.training.small_samples import FEW_CASES
 
 RunMetrics = Mapping[str, float]
 PPO_COMPLETION_CURVES = {
@@ -116,10 +117,20 @@ def diagnose_ppo(
         _update_health,
     )
     findings = [diagnostic(metrics, ppo) for diagnostic in diagnostics]
+    if 0 < num_held_out < FEW_CASES:
+        findings[:2] = [_of_few_prompts(finding, num_held_out) for finding in findings[:2]]
     findings.append(
         repetition_finding(completions, "raise ppo.kl_coef, lower train.learning_rate, or train shorter")
     )
     return [finding for finding in findings if finding is not None]
+
+
+def _of_few_prompts(finding: Finding | None, count: int) -> Finding | None:
+    """Return a finding on means of too few held-out prompts, without an action."""
+    if finding is None:
+        return None
+    evidence = f"{finding.evidence} on {count} prompt{'s' if count > 1 else ''}"
+    return Finding(finding.name, evidence, "too few held-out prompts to tell")
 
 
 def _before_and_after(metrics: RunMetrics, metric: str) -> tuple[float, float] | None:

@@ -18,6 +18,7 @@ from finetune.training.preflight.isolation import (
     Forward,
     isolation_leak,
     largest_difference,
+    rms_difference,
     rounding_bound,
 )
 
@@ -104,12 +105,16 @@ class LayoutErrors:
     Attributes:
         difference: largest difference between the two layouts.
         rounding: bound on what rounding alone changes, measured on this model.
+        mean_difference: the same as a root mean square over a completion's tokens, of the worst completion.
+        mean_rounding: bound on what rounding alone changes of this.
         leak: largest change when only the other completions of the row change; exact for a dense model.
         allowed_leak: the same for completions in rows of their own, times a factor.
     """
 
     difference: float
     rounding: float
+    mean_difference: float
+    mean_rounding: float
     leak: float
     allowed_leak: float
 
@@ -148,10 +153,15 @@ def shared_layout_errors(
     leak, allowed_leak = isolation_leak(
         shared, one_per_row, completions, vocab_size=vocab_size, distance=largest_difference
     )
-    difference = max(map(largest_difference, shared(completions), one_per_row(completions)))
-    rounding = rounding_bound(model, one_per_row, completions, epsilon=epsilon, distance=largest_difference)
+    outputs = shared(completions), one_per_row(completions)
+    differences = [max(map(distance, *outputs)) for distance in (largest_difference, rms_difference)]
+    bounds = [
+        rounding_bound(model, one_per_row, completions, epsilon=epsilon, distance=distance)
+        for distance in (largest_difference, rms_difference)
+    ]
     model.train(training)
-    return LayoutErrors(difference, rounding, leak, allowed_leak)
+    (difference, mean_difference), (rounding, mean_rounding) = differences, bounds
+    return LayoutErrors(difference, rounding, mean_difference, mean_rounding, leak, allowed_leak)
 
 
 def with_completions(groups: Sequence[Group], completions: Sequence[Tensor]) -> list[Group]:

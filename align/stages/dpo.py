@@ -169,6 +169,7 @@ class DPO:
             length_ratio=data_length_ratio(self.data.train),
             completions=[(entry["before"], entry["after"]) for entry in run.samples()],
             has_nll_term=self.loss.needs.nll,
+            num_held_out=0 if self.data.held_out is None else len(self.data.held_out),
         )
         return diagnose_dpo(inputs)
 

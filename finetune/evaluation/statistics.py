@@ -1,31 +1,13 @@
 """Statistics of proportions in numpy: Wilson interval, reliability curve and expected calibration error."""
 
-from math import sqrt
-
 import numpy as np
 from numpy.typing import NDArray
+
+from finetune.training.small_samples import wilson_interval as wilson_interval
 
 FloatArray = NDArray[np.float64]
 NUM_BINS = 10
 """Bins of a reliability curve."""
-Z_95 = 1.959964
-"""Two-sided 95 % quantile of the standard normal distribution."""
-
-
-def wilson_interval(proportion: float, count: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion over ``count`` independent cases.
-
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal
-    approximation it stays within [0, 1] and has a nonzero width at proportions of 0 and 1.
-
-    >>> [round(end, 3) for end in wilson_interval(0.9, 100)]
-    [0.826, 0.945]
-    """
-    center = (proportion + Z_95**2 / (2 * count)) / (1 + Z_95**2 / count)
-    half_width = (
-        Z_95 / (1 + Z_95**2 / count) * sqrt(proportion * (1 - proportion) / count + Z_95**2 / (4 * count**2))
-    )
-    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def calibration_error(

@@ -21,6 +21,8 @@ BEST_NOISE_FACTOR = 6.0
 """The same for the best point of a curve, which is the luckiest of all."""
 MIN_NOISE_POINTS = 5
 """Points of a curve from which its noise is estimated."""
+MAX_WINDOW = 10
+"""Log entries that are averaged at each end of a curve, at most."""
 UNKNOWN_NOISE_RISE = 0.1
 """Relative rise that is reported of a training loss with fewer points."""
 MAX_ZERO_GRADIENT_FRACTION = 0.5
@@ -79,6 +81,23 @@ def curve_findings(
     return [finding for diagnostic in CURVE_DIAGNOSTICS if (finding := diagnostic(curves)) is not None]
 
 
+def end_window(num_values: int) -> int:
+    """Return the log entries that are averaged at both ends of a curve: a single one is noisy.
+
+    A quarter at most: the mean over a short run would contain its other end.
+
+    >>> [end_window(count) for count in (1, 7, 20, 400)]
+    [1, 1, 5, 10]
+    """
+    return max(1, min(MAX_WINDOW, num_values // 4))
+
+
+def end_means(values: Sequence[float]) -> tuple[float, float]:
+    """Return the means of a curve over its first and its last ``end_window`` entries."""
+    window = end_window(len(values))
+    return sum(values[:window]) / window, sum(values[-window:]) / window
+
+
 def level_noise(values: Sequence[float]) -> float:
     """Return the standard deviation of a curve around its trend, from successive differences.
 
@@ -105,13 +124,13 @@ def _training_loss(curves: RunCurves) -> Finding | None:
     values = [value for _, value in curves.points("loss")]
     if curves.main != "loss" or len(values) < 2:
         return None
-    # A quarter at most: the mean over a short run would contain its beginning.
-    last = values[-max(1, min(10, len(values) // 4)) :]
-    first, end = values[0], sum(last) / len(last)
+    first, end = end_means(values)
     rise = MIN_RISE if len(values) >= MIN_NOISE_POINTS else UNKNOWN_NOISE_RISE
     if end - first <= max(rise * abs(first), NOISE_FACTOR * level_noise(values)):
         return None
-    evidence = f"training loss {first:.4f} → {end:.4f}, lowest {min(values):.4f}"
+    window = end_window(len(values))
+    ends = f" (first and last {window} log entries)" if window > 1 else ""
+    evidence = f"training loss {first:.4f} → {end:.4f}{ends}, lowest {min(values):.4f}"
     meaning = "it ends above its start: the updates are too large"
     return Finding("loss", evidence, meaning, "lower train.learning_rate, or a longer train.warmup")
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from finetune.training.small_samples import is_conclusive
+
 PHRASE_WORDS, MIN_REPEATS = 4, 3
 """A completion repeats itself if a phrase of 4 words occurs 3 times."""
 
@@ -44,6 +46,9 @@ def repetition_finding(completions: Sequence[tuple[str, str]], action: str) -> F
         f"of {len(completions)} completions, self-repeating: {num_repeating[0]} → {num_repeating[1]}, "
         f"duplicates of another one: {num_duplicates[0]} → {num_duplicates[1]}"
     )
+    counts = [max(pair) / len(completions) for pair in zip(num_repeating, num_duplicates, strict=True)]
+    if not is_conclusive(counts[0], counts[1], len(completions)):
+        return Finding("repetition", evidence, "too few completions to tell (evaluate.samples=40)")
     meaning = "repetition loops, typical of a policy that drifted too far from its reference"
     return Finding("repetition", evidence, meaning, action)
 

@@ -11,8 +11,13 @@ from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
 from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.disk import writing_inside
+from finetune.recipe.errors import Problem
+from finetune.recipe.limits import fit_to_rows
+from finetune.recipe.settings import StageSettings
 from finetune.training import checkpoints
+from finetune.training.arguments import num_optimizer_steps
 from finetune.training.context import RunContext
+from finetune.training.curve_findings import end_means, end_window
 from finetune.training.disk_plan import DiskPlan, check_run_space
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult
@@ -31,11 +36,8 @@ from finetune.training.preflight.weight_checks import (
     trained_digest,
 )
 from finetune.training.recorder import AlreadyTrained, Recorder
-from finetune.training.schedule import ScheduledTrainer
+from finetune.training.schedule import ScheduledTrainer, check_warmup
 from finetune.training.trainer import BaseTrainer, first_row_ids, initial_param_groups
-
-LAST_LOG_ENTRIES = 10
-"""Log entries that are averaged for a metric's value at the end of training."""
 
 
 def fit(ctx: RunContext, trainer: Trainer, policy: nn.Module, spec: MetricSpec) -> Callable[[], CheckResult]:
@@ -102,6 +104,34 @@ def _check_learned(
     return check_learning(before, unmoved, metrics=ctx.run.record.get("metrics", {}), entries=entries)
 
 
+def fit_limits(ctx: RunContext, num_rows: int, count_steps: Callable[[], int]) -> None:
+    """Fit the numbers that the user did not set to the training rows; each change is a line.
+
+    Args:
+        ctx: context of a run whose rows are read.
+        num_rows: training rows.
+        count_steps: returns the optimizer steps with the context's settings.
+    """
+
+    def steps_with(settings: StageSettings) -> int:
+        ctx.fitted = settings
+        return count_steps()
+
+    ctx.fitted, changes = fit_to_rows(
+        ctx.recipe.settings, num_rows, steps_with, num_parts=ctx.schedule_part.num_parts
+    )
+    for change in changes:
+        ctx.check(CheckResult("fitted", change.line()))
+        ctx.resolve_auto(change.key, (f"{change.after:g}", change.reason))
+
+
+def schedule_problems(settings: StageSettings, num_rows: int) -> list[Problem]:
+    """Return what else the user has to repair on few rows: all problems are reported at once."""
+    fitted, _ = fit_to_rows(settings, num_rows, lambda fitted: num_optimizer_steps(fitted.train, num_rows))
+    results = check_warmup(fitted.train, num_optimizer_steps(fitted.train, num_rows))
+    return [result.problem for result in results if result.problem is not None]
+
+
 def check_disk(ctx: RunContext, model: nn.Module, args: TrainingArguments, num_steps: int) -> None:
     """Raise StorageError if the disk has no room for the checkpoints and the result of training a model."""
     plan = DiskPlan.of(model, args, num_steps=num_steps)
@@ -114,9 +144,10 @@ def record_training_metrics(ctx: RunContext, trainer: Trainer, keys: Sequence[st
     for key in keys:
         values = [entry[key] for entry in entries if key in entry]
         if values:  # empty if train.log_every exceeds the number of steps
-            # Averaged, because a single log entry is noisy.
-            last = values[-LAST_LOG_ENTRIES:]
-            ctx.run.update(metrics={f"{key}_before": values[0], f"{key}_after": sum(last) / len(last)})
+            first, last = end_means(values)
+            ctx.run.update(metrics={f"{key}_before": first, f"{key}_after": last})
+            if key == "loss":
+                ctx.run.update(window=end_window(len(values)))
     # TRL's trainers do not count tokens; a run that resumes after its last step has none.
     if isinstance(trainer, BaseTrainer) and (
         num_tokens := sum(collectives.all_gather_object(trainer.num_tokens))

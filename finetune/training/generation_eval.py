@@ -133,6 +133,7 @@ class GenerationEval:
         if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
         metrics: dict[str, float] = {}
+        cases: dict[str, int] = {}
         if self.graders.functions:
             completions = generate([row.messages[:-1] for row in self.prompts])
             rows = [
@@ -142,6 +143,10 @@ class GenerationEval:
             grades = self.graders.grade(rows)
             metrics |= {
                 f"{EVAL_PREFIX}graders/{name}_{when}": mean_grade(name, values)
+                for name, values in grades.items()
+            }
+            cases |= {
+                f"{EVAL_PREFIX}graders/{name}": sum(grade is not None for grade in values)
                 for name, values in grades.items()
             }
             write_graded(run, "graders", when, graded_entries(rows, completions, grades))
@@ -161,8 +166,9 @@ class GenerationEval:
                 )
                 for row, completion, is_correct in zip(self.retention, completions, correct, strict=True)
             ]
+            cases[f"{EVAL_PREFIX}retention"] = len(correct)
             write_graded(run, "retention", when, entries)
-        run.update(metrics=metrics)
+        run.update(metrics=metrics, cases=cases)
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:

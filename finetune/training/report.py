@@ -12,13 +12,17 @@ from matplotlib.ticker import MaxNLocator
 
 from finetune.recipe.visible_text import visible_value
 from finetune.training.metric_specs import Diagnostics
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import HELD_OUT, ROLLOUTS, RunDirectory
+from finetune.training.small_samples import describe_sample
 
 EVIDENCE = {
     ROLLOUTS: "sampled in training, with their rewards",
     HELD_OUT: "graded completions of held-out prompts, before and after training",
 }
 """Files that the page links."""
+PROPORTIONS = ("exact_match", "retention", "graders/", "rewards/accuracies", "val/eos_rate")
+"""Held-out metrics that are proportions of cases; those of several completions per prompt are not."""
 MIN_FUNCTION_SHARE = 0.05
 """Share of a run's time from which on the summary shows that of its user functions."""
 
@@ -34,14 +38,27 @@ def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[s
     share = parameters["trained"] / parameters["total"]
     summary = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
     for key, (label, style) in summary_metrics.items():
-        if f"{key}_before" in metrics and f"{key}_after" in metrics:
-            summary[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
+        before, after = (metrics.get(f"{key}_{when}") for when in ("before", "after"))
+        if before is not None and after is not None:
+            summary[label] = f"{before:{style}} → {after:{style}}{_sample_note(record, key, before, after)}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     if "train" in record["seconds"]:  # absent if a run resumes after its last step
         summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"
     summary |= _code_summary(record)
     summary["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
     return summary
+
+
+def _sample_note(record: Mapping[str, Any], key: str, before: float, after: float) -> str:
+    """Return what a metric was measured on: the window of a training metric, the cases of a proportion."""
+    if not key.startswith(EVAL_PREFIX):
+        window = record.get("window", 1)
+        return f" (mean of the first and the last {window} log entries)" if window > 1 else ""
+    count = record.get("cases", {}).get(key, 0)
+    is_proportion = key.removeprefix(EVAL_PREFIX).startswith(PROPORTIONS) and min(before, after) >= 0
+    if not count or not is_proportion or max(before, after) > 1:
+        return ""
+    return f" ({describe_sample(before, after, count)})"
 
 
 def _code_summary(record: Mapping[str, Any]) -> dict[str, str]:

@@ -64,6 +64,7 @@ class Samples:
         return entry if turns == [["user", entry["prompt"], ""]] else entry | {"turns": turns}
 
     def _record_scores(self, run: RunDirectory, when: When, completions: list[Completion]) -> None:
+        cases = {"samples/eos_rate": len(completions)}
         scores = {
             f"samples/eos_rate_{when}": sum(completion.ended_with_eos for completion in completions)
             / len(completions)
@@ -78,8 +79,9 @@ class Samples:
                 for completion, text in zip(completions, expected, strict=True)
             ]
             scores[f"{EVAL_PREFIX}exact_match_{when}"] = sum(correct) / len(correct)
+            cases[f"{EVAL_PREFIX}exact_match"] = len(correct)
             write_graded(run, "exact_match", when, self._graded(completions, correct))
-        run.update(metrics=scores)
+        run.update(metrics=scores, cases=cases)
 
     def _graded(self, completions: list[Completion], correct: list[bool]) -> list[dict[str, Any]]:
         """Return the entries of held_out.jsonl."""

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.errors import CheckFailedError, HeldOutError, LibraryError, Problem, UserError
-from finetune.recipe.limits import fit_to_rows
+from finetune.recipe.errors import CheckFailedError, HeldOutError, LibraryError, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.settings import StageSettings
 from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
@@ -200,23 +198,14 @@ def run_stage(
             else:
                 train(ctx, stage.build(ctx))
         except HeldOutError as error:
-            raise UserError([*error.problems, *_schedule_problems(recipe, error.num_rows)]) from error
+            from finetune.training.fit import schedule_problems
+
+            problems = schedule_problems(recipe.settings, error.num_rows)
+            raise UserError([*error.problems, *problems]) from error
         except LibraryError as error:
             run.record_library_error(error, command=command)
             raise
     return Result.of(run)
-
-
-def _schedule_problems(recipe: Recipe, num_rows: int) -> list[Problem]:
-    """Return what else the user has to repair on data of few rows: all problems are reported at once."""
-    from finetune.training.arguments import num_optimizer_steps
-    from finetune.training.schedule import check_warmup
-
-    fitted, _ = fit_to_rows(
-        recipe.settings, num_rows, lambda settings: num_optimizer_steps(settings.train, num_rows)
-    )
-    results = check_warmup(fitted.train, num_optimizer_steps(fitted.train, num_rows))
-    return [result.problem for result in results if result.problem is not None]
 
 
 def train(ctx: "RunContext", method: Method) -> None:
@@ -234,7 +223,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     """
     from finetune.distributed import collectives
     from finetune.distributed.strategies import SHARDED_WEIGHTS
-    from finetune.training.fit import check_disk, fit, record_training_metrics
+    from finetune.training.fit import check_disk, fit, fit_limits, record_training_metrics
     from finetune.training.generation import generate_sharded
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.library_errors import adapter_errors
@@ -246,7 +235,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
         return generate_sharded(ctx, method.text, method.policy, prompts)
 
-    fit_limits(ctx, method)
+    fit_limits(ctx, len(method.data.train), lambda: count_steps(ctx, method))
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
     evals: GenerationEvals | None = method.evals if isinstance(method, LoadsEvals) else None
@@ -307,23 +296,6 @@ def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Fin
     ctx.run.update(diagnostics=[finding.record() for finding in (*shared, *findings)])
 
 
-def fit_limits(ctx: "RunContext", method: Method) -> None:
-    """Fit the numbers that the user did not set to the training rows; each change is a line."""
-    from finetune.training.preflight.checks import CheckResult
-
-    def steps_with(settings: StageSettings) -> int:
-        ctx.fitted = settings
-        return count_steps(ctx, method)
-
-    fitted, changes = fit_to_rows(
-        ctx.recipe.settings, len(method.data.train), steps_with, num_parts=ctx.schedule_part.num_parts
-    )
-    ctx.fitted = fitted
-    for change in changes:
-        ctx.check(CheckResult("fitted", change.line()))
-        ctx.resolve_auto(change.key, (f"{change.after:g}", change.reason))
-
-
 def count_steps(ctx: "RunContext", method: Method) -> int:
     """Return the optimizer steps of a run: the method's own count, or those of its training rows."""
     from finetune.training.arguments import num_optimizer_steps
@@ -369,7 +341,18 @@ def record_held_out(ctx: "RunContext", method: Method, trainer: "Trainer", when:
     for name, value in metrics.items():
         if not isfinite(value):
             raise NotFiniteError(f"held-out {name} is {value} {when} training")
-    ctx.run.update(metrics={f"{EVAL_PREFIX}{name}_{when}": value for name, value in metrics.items()})
+    count = num_held_out_cases(ctx, method)
+    ctx.run.update(
+        metrics={f"{EVAL_PREFIX}{name}_{when}": value for name, value in metrics.items()},
+        cases={f"{EVAL_PREFIX}{name}": count for name in metrics},
+    )
+
+
+def num_held_out_cases(ctx: "RunContext", method: Method) -> int:
+    """Return the held-out cases behind a metric: all held-out rows, or the prompts that RL samples from."""
+    count = 0 if method.data.held_out is None else len(method.data.held_out)
+    is_sampled = method.metric_spec.main != "loss"
+    return min(count, ctx.settings.evaluate.grader_rows) if is_sampled else count
 
 
 def policy_metadata(

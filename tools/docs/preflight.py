@@ -19,7 +19,10 @@ FILES = (
         ROOT / "align" / name
         for name in ("preference/rows/row_checks.py", "engines/trl/dpo.py", "rejection/diagnostics.py")
     ),
-    *(ROOT / "finetune/training" / name for name in ("stage.py", "save.py", "schedule.py", "merge.py")),
+    *(
+        ROOT / "finetune/training" / name
+        for name in ("stage.py", "fit.py", "save.py", "schedule.py", "merge.py")
+    ),
 )
 RESULTS = ("CheckResult", "failed", "_check_agreement")
 """Calls whose first argument is the check's name on the terminal."""

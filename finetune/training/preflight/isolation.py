@@ -40,6 +40,11 @@ def largest_difference(output: Tensor, other: Tensor) -> float:
     return float((output.float() - other.float()).abs().max())
 
 
+def rms_difference(output: Tensor, other: Tensor) -> float:
+    """Return the root mean square of the difference: the largest one of many is mostly rounding."""
+    return float((output.float() - other.float()).pow(2).mean().sqrt())
+
+
 def rounding_epsilon(precision: str, quantization: str = "none") -> float:
     """Return the relative rounding error of a forward pass's arithmetic."""
     epsilon = torch.finfo(DTYPES[precision]).eps

@@ -69,7 +69,7 @@ WARNED = {
         "rewards/margins_after": 3.0,
     },
     "length": {"ratio": 1.5},
-    "repetition": {"completions": [("fine", LOOP)]},
+    "repetition": {"completions": [(f"fine {i}", f"{i} {LOOP}") for i in range(4)]},
 }
 
 

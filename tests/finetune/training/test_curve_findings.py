@@ -83,7 +83,7 @@ HISTORIES = {
     ),
     "diverged": (
         history([2.0, 2.5, 6.0, 8.0, 9.0, 8.5, 9.2, 9.0], [2.0, 9.0]),
-        {"loss": "2.0000 → 9.1", "held-out loss": "updates are too large"},
+        {"loss": "2.2500 → 9.1", "held-out loss": "updates are too large"},
     ),
     "slow rise": (history([2.0 + 0.02 * i for i in range(40)]), {"loss": "above its start"}),
     "dead gradients": (

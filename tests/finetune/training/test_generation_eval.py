@@ -49,8 +49,9 @@ class Record:
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"metrics": {}}
 
-    def update(self, *, metrics: dict[str, float]) -> None:
+    def update(self, *, metrics: dict[str, float], cases: dict[str, int]) -> None:
         self.record["metrics"] |= metrics
+        self.record["cases"] = cases
 
 
 def echo(prompts: Sequence[Sequence[Message]]) -> list[Completion]:
