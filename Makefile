@@ -23,7 +23,7 @@ PLANNED = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
 OPTIONS = $(PLANNED) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check docs tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data plan chat generate merge test test-all test-gpu check docs tiny-base tiny-data compare clean
 
 help:  ## show this help
 	@echo "make TARGET [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -61,6 +61,9 @@ plan: $(READY)  ## estimate memory, time and disk before anything is loaded: mak
 
 chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)
+
+generate: $(READY)  ## answer every row of a file: make generate RUN=runs/... DATA=questions.jsonl OUT=answers.jsonl
+	$(BIN)/llm-align generate $(RUN) $(DATA) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 merge: $(READY)  ## merge a run's adapter into its base: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)

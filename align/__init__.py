@@ -3,9 +3,29 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import data, load_pipeline, load_recipe, load_reward, load_tuned, plan, run, run_pipeline
+    from align.api import (
+        data,
+        generate,
+        load_pipeline,
+        load_recipe,
+        load_reward,
+        load_tuned,
+        plan,
+        run,
+        run_pipeline,
+    )
 
-__all__ = ["data", "load_pipeline", "load_recipe", "load_reward", "load_tuned", "plan", "run", "run_pipeline"]
+__all__ = [
+    "data",
+    "generate",
+    "load_pipeline",
+    "load_recipe",
+    "load_reward",
+    "load_tuned",
+    "plan",
+    "run",
+    "run_pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

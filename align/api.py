@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from align.default_recipe import default_recipe
 from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.one_run import one_run
+from finetune.recipe.python_rows import from_python
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
 from finetune.recipe.runs import find_run
 from finetune.recipe.silence import silence_libraries
 
 if TYPE_CHECKING:
+    from align.generation.generate_file import GeneratedRows
     from align.pipeline.directory import PipelineResult
     from align.pipeline.plan import Pipeline
     from align.planner.plan import Plan
@@ -183,6 +185,56 @@ def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
     from align.cli.data_preview import preview
 
     return preview(recipe, rows=rows)
+
+
+def generate(
+    model: str | Path,
+    rows: "Data",
+    *,
+    choices: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    template: str | None = None,
+    force: bool = False,
+) -> "GeneratedRows":
+    """Generate a completion, or choose a label, for every row, as ``llm-align generate`` does.
+
+    Args:
+        model: a finished run (its directory, its name in ./runs, or a prefix), or a base.
+        rows: a file, a folder, a Hub id, or rows as in ``load_recipe``; each needs a prompt only.
+        choices: labels to choose from, by their likelihood as replies. None: completions, also of a run
+            that was trained on labels.
+        columns: ``{our name: the file's name}``; the run's own mapping serves where its columns exist.
+        out: JSON Lines or CSV by its suffix. The same call continues an interrupted one, and answers at once
+            for a finished output, without its rows.
+        limit: rows to answer; None: all.
+        max_new_tokens: maximum tokens of a completion.
+        temperature: 0 is greedy decoding.
+        seed: of the samples.
+        template: template of a base; None: the tokenizer's chat template, or ``plain`` without one.
+        force: replace an output of another call.
+
+    Raises:
+        UserError: there is no such model, the rows have no prompts, or the output is of another call.
+    """
+    silence_libraries()
+    from align.generation import generate_file
+    from align.generation.model_source import ModelSource
+    from align.generation.settings import GenerateSettings
+
+    settings = GenerateSettings(choices, max_new_tokens, temperature, seed, limit)
+    return generate_file.generate_rows(
+        ModelSource.of(str(model), template=template),
+        from_python(rows),
+        settings,
+        columns=columns,
+        out=Path(out) if out is not None else None,
+        force=force,
+    )
 
 
 def load_pipeline(

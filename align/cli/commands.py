@@ -18,6 +18,7 @@ from align.cli.exit_status import (
     format_traceback,
     traceback_option,
 )
+from align.cli.generate import generate
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
@@ -199,6 +200,7 @@ def merge(directory: Path) -> None:
 add_stage_commands(cli)
 cli.add_command(run_command)
 cli.add_command(plan)
+cli.add_command(generate)
 cli.add_command(completion)
 for command in cli.commands.values():
     command.params.append(traceback_option())

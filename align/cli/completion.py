@@ -158,6 +158,7 @@ complete_stage = complete_names(lambda: map(verb_of, stage_names()))
 complete_gpu = complete_names(lambda: [*GPUS, "cpu"])
 complete_strategy = complete_names(lambda: _choices(TrainSettings.model_fields["strategy"].annotation))
 complete_kind = complete_names(lambda: KINDS)
+complete_template = complete_names(lambda: [*plugin_names(TEMPLATES), "tokenizer"])
 complete_pipeline = complete_names(pipeline_names)
 
 
@@ -169,6 +170,12 @@ def complete_file(context: click.Context, parameter: click.Parameter, incomplete
 def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Complete a finished run: its name, or its path if a path is typed."""
     return _runs(incomplete) or [CompletionItem(incomplete, type="dir")]
+
+
+def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
+    """Complete a finished run or a base: a name, or a path."""
+    items = _runs(incomplete) + _matching(_items(load_bases()), incomplete)
+    return items or [CompletionItem(incomplete, type="dir")]
 
 
 def complete_parent(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data_templates.segments import Message, TemplateError
+from finetune.evaluation.classification import Classification
+from finetune.evaluation.classification_tables import classification_summary, classification_tables
 from finetune.recipe.console import Terminal
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.terminal import echo, echo_json
@@ -27,6 +30,8 @@ def print_summary(result: Result) -> None:
     console = Terminal()
     for label, value in result.record["summary"].items():
         console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
+    if metrics := result.record.get("classification", {}).get("after"):
+        print_classification(metrics, console)
     if result.samples:
         console.print(_samples_table(result))
     folder = result.directory
@@ -37,7 +42,21 @@ def print_summary(result: Result) -> None:
     )
     is_reward_model = "heads" in result.record["reload"]
     next_command = f"score {folder} FILE.jsonl" if is_reward_model else f"chat {folder}"
+    if "classification" in result.record:
+        next_command = f"generate {folder} FILE --out LABELED.csv"
     console.print(f"next     [bold]llm-align {escape(next_command)}[/]", highlight=False, soft_wrap=True)
+
+
+def print_classification(metrics: Classification, console: Console) -> None:
+    """Print the tables of a classifier's metrics, and a line with the accuracy and its interval."""
+    for title, (header, *rows) in classification_tables(metrics).items():
+        table = Table(title=escape(title), title_justify="left")
+        for index, column in enumerate(header):
+            table.add_column(escape(column), justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(classification_summary(metrics), highlight=False, soft_wrap=True)
 
 
 def _samples_table(result: Result) -> Table:

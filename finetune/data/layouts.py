@@ -1,5 +1,6 @@
 """Dataset layouts: Alpaca, ShareGPT, messages and others, detected by column names, parsed to messages."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -169,6 +170,13 @@ def _parse_rationale(columns: Mapping[str, Any]) -> list[Message]:
     )
 
 
+def _parse_labeled_text(columns: Mapping[str, Any]) -> list[Message]:
+    """Return a text and its label; a number or true/false, as data sets have them, is read as text."""
+    label = columns["label"]
+    reply = json.dumps(label) if isinstance(label, (bool, int)) else text_field(columns, "label")
+    return with_context(columns, [Message("user", text_field(columns, "text")), Message("assistant", reply)])
+
+
 def _conversation_parser(name: str) -> Callable[[Mapping[str, Any]], list[Message]]:
     return lambda columns: with_context(columns, parse_turns(columns[name], name))
 
@@ -193,6 +201,7 @@ CONVERSATION_LAYOUTS: tuple[Layout[list[Message]], ...] = (
     Layout("question/rationale/answer", ("question", "rationale", "answer"), _parse_rationale),
     _exchange("question", "answer"),
     _exchange("inputs", "targets"),
+    Layout("text/label", ("text", "label"), _parse_labeled_text),
 )
 """In order of detection: the first layout whose required columns are all present."""
 
@@ -244,10 +253,17 @@ def match_layout(
     where: str,
     repair: str,
 ) -> Layout[Parsed]:
-    """Return the first of these layouts that fits; ``repair`` goes into the error if none does.
+    """Return the first of these layouts that fits and reads every mapped column.
+
+    Args:
+        names: the source's column names.
+        layouts: the accepted layouts.
+        columns: ``{our name: the source's name}``.
+        where: the source, for the message.
+        repair: goes into the error if no layout fits.
 
     Raises:
-        UserError: a mapped column does not exist, no layout fits, or it does not read a mapped column.
+        UserError: a mapped column does not exist, no layout fits, or none that fits reads a mapped column.
     """
     columns = columns or {}
     for ours, theirs in columns.items():
@@ -259,7 +275,11 @@ def match_layout(
             raise UserError(Problem("data.columns", actual, f"one of {', '.join(names)}", hint))
     # A mapped column counts under its new name only.
     known = {*(name for name in names if name not in columns.values()), *columns}
-    layout = next((layout for layout in layouts if known.issuperset(layout.required)), None)
+    fitting = [layout for layout in layouts if known.issuperset(layout.required)]
+    # A file may have the columns of another layout too, such as text and label.
+    layout = next(
+        (layout for layout in fitting if {*columns} <= {*layout.columns}), next(iter(fitting), None)
+    )
     if layout is None:
         expected = "; ".join("+".join(layout.required) for layout in layouts)
         raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))

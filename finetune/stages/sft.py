@@ -7,12 +7,17 @@ the assistant's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finetune.recipe.settings import StageSettings
-from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec, When
+from pydantic import Field
+
+from finetune.recipe.compatibility import Rule
+from finetune.recipe.errors import Problem
+from finetune.recipe.settings import EvaluateSettings, StageSettings
+from finetune.training.metric_specs import SUPERVISED_METRICS, Diagnostics, MetricSpec, When
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.data.collate import Collator
     from finetune.data.dataset import PreparedData
     from finetune.training.context import RunContext
+    from finetune.training.label_eval import LabelEval
     from finetune.training.model import Policy, TextEncoding
     from finetune.training.stage import Method
 
@@ -27,10 +33,44 @@ PUBLIC = "alpaca"
 """Default recipe if a base other than the bundled one is given without a recipe."""
 MAX_LOSS_FOR_EXP = 700.0
 """exp() of a larger loss overflows a float."""
+SUMMARY = {
+    "eval/classification/accuracy": ("held-out accuracy", ".1%"),
+    "eval/classification/macro_f1": ("held-out macro-F1", ".3f"),
+    "eval/classification/calibration_error": ("calibration error", ".3f"),
+    **SUPERVISED_METRICS.summary,
+}
+"""A classifier's metrics come first; other runs do not have them."""
+
+
+class SftEvaluateSettings(EvaluateSettings):
+    """Evals before and after training, on held-out rows."""
+
+    classification: bool = Field(
+        False,
+        description="replies are labels: classify held-out rows by the likelihood of each label of the "
+        "training rows; accuracy, macro-F1, metrics per class, confusion matrix, calibration",
+    )
 
 
 class Settings(StageSettings):
     """Settings of every stage: model, data, adapter, training and evaluation."""
+
+    evaluate: SftEvaluateSettings = SftEvaluateSettings()
+
+
+RULES = (
+    Rule(
+        "classification-loss",
+        when={"evaluate.classification": (True,), "data.loss_on": ("all",)},
+        source="finetune/training/label_eval.py: a row's label is its part with loss",
+        problem=Problem(
+            "evaluate.classification",
+            "true, with data.loss_on=all",
+            "false, or loss on the replies only: a row's label is its part with loss",
+            "data.loss_on=assistant",
+        ),
+    ),
+)
 
 
 def build(ctx: RunContext) -> Method:
@@ -43,19 +83,46 @@ def build(ctx: RunContext) -> Method:
 
     text = load_text_encoding(ctx)
     data = load_data(ctx, text)
-    return SFT(ctx, text, data, load_policy(ctx))
+    evaluate = ctx.settings.evaluate
+    # Continued pretraining is built here too, and has no labels.
+    classifies = isinstance(evaluate, SftEvaluateSettings) and evaluate.classification
+    labels = _label_eval(ctx, data, text) if classifies else None
+    return SFT(ctx, text, data, load_policy(ctx), labels)
+
+
+def _label_eval(ctx: RunContext, data: PreparedData, text: TextEncoding) -> LabelEval:
+    """Return the classification of a run's held-out rows, and log what its labels are.
+
+    Raises:
+        UserError: there are no held-out rows, or the replies are no labels.
+    """
+    from finetune.training.label_eval import LabelEval
+
+    labels = LabelEval.of(data.train, data.held_out, text.encoder)
+    for line in labels.notes():
+        ctx.log(line)
+    return labels
+
+
+def _classification_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
+    from finetune.training.label_eval import classification_diagnostics
+
+    return classification_diagnostics(record)
 
 
 @dataclass(frozen=True)
 class SFT:
     """Supervised fine-tuning of a policy on tokenized rows; also continued pretraining and CoH."""
 
-    metric_spec: ClassVar[MetricSpec] = SUPERVISED_METRICS
+    metric_spec: ClassVar[MetricSpec] = replace(
+        SUPERVISED_METRICS, summary=SUMMARY, diagnostics=_classification_diagnostics
+    )
 
     ctx: RunContext
     text: TextEncoding
     data: PreparedData
     policy: Policy
+    labels: LabelEval | None = None
 
     def prepare(self) -> dict[str, Any]:
         """Check the run's rows and model before step 0, without changing either.
@@ -117,6 +184,8 @@ class SFT:
         if self.data.held_out is None:
             return {}
         metrics: dict[str, float] = trainer.held_out_metrics()
+        if self.labels is not None:
+            metrics |= self.labels.record(self.ctx.run, self.policy.model, when)
         if self.ctx.settings.data.text_format is not None:
             metrics["perplexity"] = exp(min(metrics["loss"], MAX_LOSS_FOR_EXP))
         return metrics

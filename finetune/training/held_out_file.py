@@ -39,7 +39,7 @@ def write_graded(
 
     Args:
         run: the run directory.
-        evaluation: ``graders``, ``exact_match``, ``retention`` or ``rewards``.
+        evaluation: ``graders``, ``exact_match``, ``retention``, ``classification`` or ``rewards``.
         when: before or after training.
         entries: from ``graded_entry``.
     """

@@ -1,4 +1,4 @@
-"""Load a finished run for inference: base, adapter, tokenizer and chat template."""
+"""Load a finished run, or a base, for inference: model, tokenizer and chat template."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,12 @@ from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
-from finetune.training.model import context_length, load_base
+from finetune.training import auto_values
+from finetune.training.loading import resolve_quantization
+from finetune.training.model import context_length, load_base, load_tokenizer
+
+QUANTIZATIONS = ("none", "nf4", "int8")
+"""In which a base may be stored; others are loaded without quantization."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,24 @@ def load_finished_run(run: Path) -> LoadedModel:
         template_options=saved.get("template_options"),
     )
     return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])
+
+
+def load_base_model(base: str, *, template: str | None = None) -> LoadedModel:
+    """Load a base for inference, in bfloat16 where the hardware supports it.
+
+    Args:
+        base: short name, Hub id or folder.
+        template: name of a template; None: the tokenizer's chat template, or ``plain`` without one.
+
+    Raises:
+        UserError: there is no such base, or no such template.
+    """
+    settings, hardware = ModelSettings(base=base), detect_hardware()
+    tokenizer = load_tokenizer(settings)
+    name = template or ("tokenizer" if tokenizer.chat_template else "plain")
+    encoder = Encoder(tokenizer, name)
+    precision, _ = auto_values.precision("auto", hardware)
+    quantization, _ = resolve_quantization(settings, QUANTIZATIONS)
+    model = load_base(settings, precision=precision, quantization=quantization, hardware=hardware)
+    model.eval()
+    return LoadedModel(model, encoder, context_length(settings))

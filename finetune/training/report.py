@@ -1,12 +1,14 @@
 """Summary of a run, and ``report.html``: a page with curves, samples, checks, data and recipe."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, Template
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -131,6 +133,9 @@ def _curve_svg(metrics: list[dict[str, Any]], key: str, title: str) -> str:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs give equal pages
+    # Texts stay texts: the browser has fonts for names that matplotlib's font lacks, such as Korean ones.
+    with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs give equal pages
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -38,6 +38,10 @@ VIOLATIONS: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
         "sft",
         {"train": {"neftune_alpha": 5.0, "engine": "trl"}, "adapter": {"method": "prompt"}},
     ),
+    "classification-loss": (
+        "sft",
+        {"evaluate": {"classification": True}, "data": {"loss_on": "all"}},
+    ),
     "micro-batch": ("sft", {"train": {"micro_batch_size": 64}}),
     "micro-batch-trl": (
         "sft",

@@ -44,6 +44,10 @@ GOLDEN = CHATS | {
             "<s>### 질문: 더하면?\n\n### 답변: 다섯</s>",
         ),
     ],
+    "classify": [
+        ([ASK], "<s>Add 2 and 3.\n\n### Label:\n"),
+        ([SYSTEM, ASK_WITH_INPUT, ANSWER], "<s>Be brief.\n\nAdd them.\n\n2, 3\n\n### Label:\n5</s>"),
+    ],
     "plain": [
         ([ASK], "<s>Add 2 and 3."),
         ([ASK, ANSWER], "<s>Add 2 and 3.5</s>"),
@@ -110,7 +114,7 @@ def test_no_shipped_template_is_without_golden_texts():
     assert set(GOLDEN) == set(plugin_names("data_templates")) - {"tokenizer"}
 
 
-@pytest.mark.parametrize("name", ["alpaca", "koalpaca", "plain", "kullm", "cot", "flan"])
+@pytest.mark.parametrize("name", ["alpaca", "classify", "koalpaca", "plain", "kullm", "cot", "flan"])
 def test_single_turn_templates_suggest_others_for_longer_conversations(name):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(TemplateError, match=f"'{name}' is single-turn.* has 4 turns.*'vicuna', 'chatml'"):

@@ -35,7 +35,12 @@ OTHER_PROGRAMS = ("pip", "git", "cd", "source", "eval", "tensorboard", "axolotl"
 OTHER_PROGRAMS += ("pytest", "rm", "export", "nvidia-smi", "kill", "ls", "mkdir", "sbatch", "trl110/bin/pip")
 """Programs of others: their commands are not tried here."""
 RUN_FOLDERS = ("sft-alpaca-1a2b3c4d", "sft-quickstart-1a2b3c4d", "dpo-hh-1a2b3c4d", "ppo-hh-1a2b3c4d")
-RUN_FOLDERS += ("pretrain-in-house-5e6f7a8b", "kto-kto-mix-1a2b3c4d", "dpo-quickstart-1a2b3c4d")
+RUN_FOLDERS += (
+    "sft-classify-1a2b3c4d",
+    "pretrain-in-house-5e6f7a8b",
+    "kto-kto-mix-1a2b3c4d",
+    "dpo-quickstart-1a2b3c4d",
+)
 FIT_STATUS = (0, 3)
 SFT = {"instruction": "Add the numbers.", "input": "# 2", "output": "The sum is #."}
 CHAT = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
@@ -66,6 +71,12 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (json.dumps(row).replace("#", str(number)) + "\n" for number in range(NUM_ROWS))
         (folder / name).write_text("".join(lines), encoding="utf-8")
     (folder / "my.csv").write_text("instruction,input,output\n" + "Add.,1 2,3\n" * NUM_ROWS, encoding="utf-8")
+    labels = ("billing", "delivery", "login", "technical")
+    tickets = [f"Ticket {number}.,{labels[number % 4]}\n" for number in range(NUM_ROWS)]
+    (folder / "tickets.csv").write_text("text,label\n" + "".join(tickets), encoding="utf-8")
+    (folder / "queue.csv").write_text("body,queue\n" + "".join(tickets), encoding="utf-8")
+    (folder / "new_tickets.csv").write_text("text\nWhere is it?\n", encoding="utf-8")
+    (folder / "labels.txt").write_text("\n".join(labels), encoding="utf-8")
     (folder / "qa.csv").write_text("Q,A\n" + "1 + 1?,2\n" * NUM_ROWS, encoding="utf-8")
     (folder / "corpus").mkdir()
     for name in ("a.txt", "b.md"):
@@ -157,6 +168,8 @@ def run_llm_align(words: list[str]) -> None:
     elif verb == "chat":
         prompt = [] if "--prompt" in words else ["--prompt", "Hi"]
         invoke([*words, *prompt, "--max-new-tokens", "2"])
+    elif verb == "generate":
+        invoke([*words, "--limit", "3", "--max-new-tokens", "2"])
     elif verb == "plan":
         try:
             invoke(words)

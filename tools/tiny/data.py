@@ -10,6 +10,7 @@ from random import Random
 
 from tools.tiny import rows
 from tools.tiny.company import documents, questions_and_answers
+from tools.tiny.tickets import tickets
 
 DATA_SEED = 7
 SFT_HAPPY_FRACTION = 0.3
@@ -28,9 +29,9 @@ def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
-    """Write question and answer columns with a header."""
+    """Write the columns of the records with a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["question", "answer"], lineterminator="\n")
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
 
@@ -89,6 +90,7 @@ def write_all(folder: Path, seed: int = DATA_SEED) -> None:
     write_csv(folder / "in_house.csv", train)
     write_csv(folder / "in_house_held_out.csv", held_out)
     write_documents(folder, seed)
+    write_csv(folder / "tickets.csv", tickets(Random(f"{seed}/tickets")))
 
 
 def main(argv: list[str]) -> None:

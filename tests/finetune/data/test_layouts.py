@@ -50,6 +50,8 @@ def read(row, columns=None):
             "Natural Instructions",
             [U("d", context="i"), A("a")],
         ),
+        ({"text": "q", "label": "a"}, "text/label", [U("q"), A("a")]),
+        ({"text": "q", "label": 1}, "text/label", [U("q"), A("1")]),
         ({"inputs": "q", "targets": "a", "task_name": "t"}, "inputs/targets", [U("q"), A("a")]),
         (
             {

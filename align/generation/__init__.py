@@ -1,0 +1,1 @@
+"""Generate completions or labels for every row of a file."""
