@@ -114,7 +114,12 @@ class LabelEval:
         choices = probabilities_NL.argmax(axis=1)
         rows = zip(self.held_out.locations, gold, choices, probabilities_NL.max(axis=1), strict=True)
         entries = [
-            {"location": row, "expected": label, "completion": self.labels[choice], "probability": round(p, 6)}
+            {
+                "location": row,
+                "expected": label,
+                "completion": self.labels[choice],
+                "probability": round(p, 6),
+            }
             for row, label, choice, p in rows
         ]
         write_graded(run, "classification", when, entries)
