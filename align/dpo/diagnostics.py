@@ -61,6 +61,8 @@ HIGH_ACCURACY, MAX_ACCURACY_GAP = 0.9, 0.1
 """From this training accuracy on, held-out accuracy should not be lower by more than this gap."""
 MIN_MARGIN_GAIN, MIN_ACCURACY_GAIN = 0.02, 0.05
 """Increases of implicit reward margin and accuracy below which nothing was learned."""
+MIN_LOGP_CHANGE = 0.01
+"""Nats per token below which a log-probability has not changed."""
 
 DPOMetricValues = Mapping[str, float]
 
@@ -106,6 +108,12 @@ def _logp_change(metrics: DPOMetricValues, side: str) -> float | None:
     return metrics.get(f"logratios/{side}_after")
 
 
+def _has_moved(metrics: DPOMetricValues) -> bool:
+    """Return whether training changed the log-probabilities of completions."""
+    changes = [_logp_change(metrics, side) for side in ("chosen", "rejected")]
+    return any(change is not None and abs(change) >= MIN_LOGP_CHANGE for change in changes)
+
+
 def _learning(inputs: DiagnosticInputs) -> Finding | None:
     margins = inputs.before_and_after("rewards/margins")
     accuracies = inputs.before_and_after("rewards/accuracies")
@@ -126,7 +134,10 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
         meaning = "the policy prefers rejected over chosen completions more than before"
         action = "lower train.learning_rate; are `chosen` and `rejected` exchanged in some rows?"
         return Finding("learning", evidence, meaning, action)
-    if margin_gain < MIN_MARGIN_GAIN and accuracy_gain < MIN_ACCURACY_GAIN:
+    # With log-probabilities that hardly changed, accuracy counts signs of rounding errors.
+    if margin_gain < MIN_MARGIN_GAIN and (
+        accuracy_gain < MIN_ACCURACY_GAIN or not _has_moved(inputs.metrics)
+    ):
         action = "raise train.learning_rate, or train longer"
         return Finding("learning", evidence, "almost nothing was learned", action)
     return Finding(
@@ -195,12 +206,13 @@ def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
     evidence = f"accuracy {train_accuracy:.1%} in training" + (
         "" if held_out_accuracy is None else f", {held_out_accuracy:.1%} held out"
     )
-    action = "fewer train.epochs or more pairs; dpo.loss=ipo or cdpo lets margins stop growing"
     if gap > MAX_ACCURACY_GAP and train_accuracy >= HIGH_ACCURACY:
+        action = "fewer train.epochs, lower train.learning_rate, or more pairs"
         return Finding("overfit", evidence, "training pairs are memorized and do not generalize", action)
     # With a margin of nearly 0 nothing was learned yet, however many pairs have the right sign.
     if train_accuracy >= SATURATED_ACCURACY and _margin_gain(inputs) >= MIN_MARGIN_GAIN:
         meaning = "every training pair is ranked correctly: further steps only widen the margins"
+        action = "fewer train.epochs; dpo.loss=ipo or cdpo lets margins stop growing"
         return Finding("saturated", evidence, meaning, action)
     return None
 
@@ -215,27 +227,25 @@ def _length_growth(inputs: DiagnosticInputs) -> Finding | None:
         else data_evidence
     )
     if growth > LARGE_COMPLETION_LENGTH_RATIO and inputs.length_ratio > 1:
-        action = "dpo.loss=simpo is length-normalized; or balance the lengths in the data"
+        action = "balance the lengths in the data"
         return Finding("length", evidence, "the policy learned that longer is better", action)
     if growth > LARGE_COMPLETION_LENGTH_RATIO:
-        action = "look at samples.jsonl: do completions still end with EOS? raise dpo.loss.beta"
+        action = "look at samples.jsonl: do completions still end with EOS? lower train.learning_rate"
         return Finding("length", evidence, "completions grew longer, but not because of the data", action)
     if growth < SMALL_COMPLETION_LENGTH_RATIO:
-        meaning = "completions grew shorter"
+        meaning, action = "completions grew shorter", "raise dpo.loss.beta"
         if inputs.length_ratio < 1:
             meaning = "the policy learned that shorter is better"
-        action = "raise dpo.loss.beta; dpo.loss=simpo is length-normalized"
+            action += ", or balance the lengths in the data"
         return Finding("length", evidence, meaning, action)
     if not 1 / LARGE_DATA_LENGTH_RATIO <= inputs.length_ratio <= LARGE_DATA_LENGTH_RATIO:
-        action = "watch completion length; dpo.loss=simpo is length-normalized"
+        action = "watch completion length, or balance the lengths in the data"
         return Finding("length", evidence, "length alone separates most pairs", action)
     return None
 
 
 def _repetition(inputs: DiagnosticInputs) -> Finding | None:
-    return repetition_finding(
-        inputs.completions, "lower train.learning_rate, raise dpo.loss.beta, or dpo.loss=rpo"
-    )
+    return repetition_finding(inputs.completions, "lower train.learning_rate, or dpo.loss=rpo")
 
 
 DPO_DIAGNOSTICS: tuple[Callable[[DiagnosticInputs], Finding | None], ...] = (

@@ -194,7 +194,11 @@ def _kl_to_reference(metrics: RunMetrics, ppo: PPOSettings, *, num_completions: 
         return Finding("KL", evidence, meaning, "this is a bug: please report it with the run's recipe.yaml")
     if after > PPO_LARGE_KL:
         meaning = "large: a reward model is not reliable this far from its training data"
-        return Finding("KL", evidence, meaning, "raise ppo.kl_coef, or ppo.adaptive_kl_target=6")
+        action = "raise ppo.kl_coef"
+        # The controller multiplies the coefficient: 0 stays 0.
+        if ppo.kl_coef:
+            action += ", or ppo.adaptive_kl_target=6 (with a smaller ppo.kl_horizon it acts sooner)"
+        return Finding("KL", evidence, meaning, action)
     return Finding("KL", evidence, "small enough for a reward model to be reliable")
 
 
@@ -228,7 +232,7 @@ def _length_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
             "length",
             evidence,
             "completions got longer",
-            "rewards.length_penalty=0.01, or stop.max_length_ratio=1.5",
+            "rewards.length_penalty above what a token earns, or stop.max_length_ratio=1.5",
         )
     if after < SMALL_LENGTH_RATIO * before:
         meaning = "completions got much shorter: check in samples.jsonl that they still answer the prompt"
@@ -256,7 +260,7 @@ def _diversity(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     )
     if unique_fraction[1] < 0.5 * unique_fraction[0]:
         meaning = "the policy samples the same completions again and again (mode collapse)"
-        return Finding("diversity", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.01")
+        return Finding("diversity", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.1")
     if entropy[1] > MAX_ENTROPY_RATIO * entropy[0]:
         action = "lower ppo.entropy_coef" if ppo.entropy_coef else "lower train.learning_rate"
         return Finding("diversity", evidence, "the policy became random", action)
@@ -279,5 +283,6 @@ def _update_health(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
         )
     if explained_variance < MIN_EXPLAINED_VARIANCE:
         meaning = "the value model predicts worse than a constant"
-        return Finding("updates", evidence, meaning, "raise ppo.value_coef or ppo.value_learning_rate")
+        action = "lower train.learning_rate, or a larger ppo.value_coef with ppo.value_clip_range=null"
+        return Finding("updates", evidence, meaning, action)
     return Finding("updates", evidence, "updates within bounds, and the value model predicts the returns")

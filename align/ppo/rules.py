@@ -24,6 +24,9 @@ def _check_sizes(settings: Settings) -> Iterator[Problem]:
         actual = f"{ppo.kl_horizon} with rollouts of {rollout_size} completions"
         expected = "more than a fifth of ppo.rollout_size, or the KL coefficient could become negative"
         yield Problem("ppo.kl_horizon", actual, expected, f"ppo.kl_horizon={20 * rollout_size}")
+    if ppo.adaptive_kl_target is not None and not ppo.kl_coef:
+        expected = "a coefficient above 0: the controller multiplies it"
+        yield Problem("ppo.kl_coef", "0 with ppo.adaptive_kl_target", expected, "ppo.kl_coef=0.05")
 
 
 def _check_pretraining(settings: Settings) -> Iterator[Problem]:

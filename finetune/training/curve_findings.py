@@ -204,6 +204,9 @@ def _endings(curves: RunCurves) -> Finding | None:
     if after is None or after > 0 or curves.documents:
         return None
     evidence = f"no completion of samples.jsonl ends with EOS within {curves.sample_tokens} tokens"
+    if before and curves.main != "loss":
+        action = "lower train.learning_rate, or rewards.length_penalty above what a token earns"
+        return Finding("endings", evidence, f"before training {before:.0%} did", action)
     if before:
         meaning = f"before training {before:.0%} did"
         action = "lower train.learning_rate; are replies in the data truncated (data.max_length)?"

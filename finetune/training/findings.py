@@ -37,8 +37,7 @@ def repetition_finding(completions: Sequence[tuple[str, str]], action: str) -> F
         completions: completions of some prompts, before and after training.
         action: the suggested action.
     """
-    self_repeating = [[_repeats_itself(pair[when]) for pair in completions] for when in (0, 1)]
-    num_repeating = [sum(flags) for flags in self_repeating]
+    num_repeating = [sum(_repeats_itself(pair[when]) for pair in completions) for when in (0, 1)]
     num_duplicates = [_count_duplicates([pair[when] for pair in completions]) for when in (0, 1)]
     if num_repeating[1] <= num_repeating[0] and num_duplicates[1] <= num_duplicates[0]:
         return None
@@ -51,6 +50,11 @@ def repetition_finding(completions: Sequence[tuple[str, str]], action: str) -> F
         return Finding("repetition", evidence, "too few completions to tell (evaluate.samples=40)")
     meaning = "repetition loops, typical of a policy that drifted too far from its reference"
     return Finding("repetition", evidence, meaning, action)
+
+
+def count_repeating(completions: Sequence[str]) -> int:
+    """Return how many completions repeat themselves, plus how many are duplicates of an earlier one."""
+    return sum(map(_repeats_itself, completions)) + _count_duplicates(completions)
 
 
 def _repeats_itself(completion: str) -> bool:

@@ -12,7 +12,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from finetune.distributed.sharding import gathered_params, reshard
+from finetune.distributed.collectives import all_gather_object
+from finetune.distributed.sharding import is_sharded, local_shard, reshard
 from finetune.recipe.errors import Problem
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.preflight.checks import CheckResult, failed, first_few
@@ -55,11 +56,14 @@ def trained_checksums(model: nn.Module, policy: nn.Module) -> TrainedChecksums:
     in_policy = set()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            with gathered_params(weight) as (values,):
-                by_name[name] = _checksum(values)
+            by_name[name] = _checksum(local_shard(weight))
             layers[_layer_name(name, tuner_layers)].append(name)
             if id(weight) in policy_ids:
                 in_policy.add(name)
+    if is_sharded(model):
+        # Shards are not gathered: ZeRO-3 may hold parameters that it prefetched, and cannot release them.
+        of_ranks = all_gather_object(by_name)
+        by_name = {name: sum(checksums[name] for checksums in of_ranks) for name in by_name}
     return TrainedChecksums(by_name, dict(layers), frozenset(in_policy))
 
 

@@ -81,6 +81,13 @@ def test_pain_15_each_problem_has_a_finding(name: str) -> None:
     assert found[name] != findings_by_name().get(name), "a healthy run has another finding"
 
 
+def test_signs_of_rounding_errors_are_no_learning() -> None:
+    """A learning rate of 1e-6 moves no log-probability, and gives three of four pairs the right sign."""
+    unmoved = {"eval/logps/chosen_after": -1.0001, "eval/logps/rejected_after": -1.0002}
+    finding = findings_by_name(**unmoved, **{"eval/rewards/margins_after": 1e-5})["learning"]
+    assert finding.meaning == NOTHING and RAISE in finding.action
+
+
 def test_pairs_with_the_right_sign_and_no_margin_are_not_saturated() -> None:
     """A learning rate of 1e-7 gives every pair the right sign, and a margin of 1e-6."""
     changed = {"rewards/accuracies_after": 1.0, "rewards/margins_after": 1e-6}
@@ -117,9 +124,14 @@ SHORT = [("one two three four five six", "one")]
         ("likelihood", FALLEN | {"eval/logps/rejected_after": -0.5}, "and rejected ones more likely", LOWER),
         ("likelihood", {"eval/logps/chosen_after": -0.5}, "as likely as before, or more", ""),
         ("length", {"completions": SHORT, "ratio": 1.0}, "completions grew shorter", "beta"),
-        ("length", {"completions": SHORT, "ratio": 0.7}, "learned that shorter is better", "simpo"),
-        ("length", {"ratio": 0.7}, "length alone separates most pairs", "simpo"),
-        ("length", {"ratio": 1.5}, "length alone separates most pairs", "simpo"),
+        (
+            "length",
+            {"completions": SHORT, "ratio": 0.7},
+            "learned that shorter is better",
+            "balance the lengths",
+        ),
+        ("length", {"ratio": 0.7}, "length alone separates most pairs", "balance the lengths"),
+        ("length", {"ratio": 1.5}, "length alone separates most pairs", "balance the lengths"),
     ],
 )
 def test_the_advice_follows_the_sign_of_the_change(

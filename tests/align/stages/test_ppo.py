@@ -273,6 +273,7 @@ def test_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, ban
         ),
         ({"pretraining__weight": 1.0}, ["pretraining.source"]),
         ({"ppo__adaptive_kl_target": 1.0, "ppo__kl_horizon": 1}, ["ppo.kl_horizon", "a fifth"]),
+        ({"ppo__adaptive_kl_target": 1.0, "ppo__kl_coef": 0.0}, ["ppo.kl_coef", "the controller multiplies"]),
         ({"train__engine": "trl"}, ["train.engine", "native"]),
         ({"train__evaluate_every": 2, "data__held_out": 0}, ["train.evaluate_every", "held-out"]),
         ({"train__neftune_alpha": 5.0}, ["train.neftune_alpha"]),
