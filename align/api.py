@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.default_recipe import default_recipe
 from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.one_run import one_run
+from finetune.recipe.python_messages import for_python
 from finetune.recipe.python_rows import from_python
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
@@ -16,6 +17,8 @@ from finetune.recipe.runs import find_run
 from finetune.recipe.silence import silence_libraries
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from align.generation.generate_file import GeneratedRows
     from align.pipeline.directory import PipelineResult
     from align.pipeline.plan import Pipeline
@@ -23,12 +26,13 @@ if TYPE_CHECKING:
     from align.reward.scorer import RewardModel
     from finetune.recipe.python_tables import ArrowStream
     from finetune.training.loaded_model import LoadedModel
-    from finetune.training.run_directory import Result
+    from finetune.training.result import Result
 
     Reward = str | Path | Callable[..., Any]
     Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | ArrowStream
 
 
+@for_python
 def load_recipe(
     name: str | None = None,
     *,
@@ -81,11 +85,15 @@ def load_recipe(
     return replace(recipe, notes=[*notes, *recipe.notes])
 
 
-def load_tuned(directory: str | Path) -> "LoadedModel":
+@for_python
+def load_tuned(directory: "str | Path | Result") -> "LoadedModel":
     """Load a finished run with any adapter: the model, and the encoder of its template.
 
+    ``load_tuned(result).reply("What is 2 + 2?")`` generates a reply.
+
     Args:
-        directory: the run directory, its name in ./runs, or a prefix of the name (the newest match).
+        directory: the result of ``run``, the run directory, its name in ./runs, or a prefix of the name (the
+            newest match); or a folder with an adapter of PEFT.
 
     Raises:
         UserError: there is no such run, or it is not finished.
@@ -94,14 +102,16 @@ def load_tuned(directory: str | Path) -> "LoadedModel":
     silence_libraries()
     from finetune.training import loaded_model
 
-    return loaded_model.load_finished_run(_find_finished_run(directory))
+    return loaded_model.load_for_generation(_find_finished_run(directory))
 
 
-def load_reward(directory: str | Path) -> "RewardModel":
+@for_python
+def load_reward(directory: "str | Path | Result") -> "RewardModel":
     """Load a finished reward model; ``.score(prompts, completions)`` returns the reward of each completion.
 
     Args:
-        directory: the run directory, its name in ./runs, or a prefix of the name (the newest match).
+        directory: the result of ``run``, the run directory, its name in ./runs, or a prefix of the name (the
+            newest match).
 
     Raises:
         UserError: there is no such run, or it is not a finished run of stage reward.
@@ -112,12 +122,20 @@ def load_reward(directory: str | Path) -> "RewardModel":
     return scorer.load_reward_model(_find_finished_run(directory))
 
 
-def _find_finished_run(name: str | Path) -> Path:
+def _find_finished_run(name: "str | Path | Result") -> Path:
+    if not isinstance(name, str | Path):
+        name = name.directory
     return find_run(str(name), where="run", recipes=False)[0]
 
 
+@for_python
 def run(
-    recipe: Recipe, *, force: bool = False, accept_changed_code: bool = False, command: str = "run(recipe)"
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    accept_changed_code: bool = False,
+    callbacks: "Sequence[TrainerCallback | type[TrainerCallback]]" = (),
+    command: str = "run(recipe)",
 ) -> "Result":
     """Run a recipe and return its result; a finished run is returned at once.
 
@@ -128,6 +146,8 @@ def run(
         recipe: from ``load_recipe``.
         force: start over even if a run of this recipe exists.
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
+        callbacks: transformers' ``TrainerCallback`` objects, in every stage; in rejection sampling in each
+            round. A finished run does not call them.
         command: the command that is recorded in run.json.
 
     Raises:
@@ -150,9 +170,11 @@ def run(
             force=force,
             accept_changed_code=accept_changed_code,
             command=command,
+            callbacks=callbacks,
         )
 
 
+@for_python
 def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> "Plan":
     """Return the memory and time plan of a recipe, as ``llm-align plan`` prints it; nothing is loaded.
 
@@ -171,6 +193,7 @@ def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> 
     return make_plan(resolve_for_device(recipe, device, count), device, count)
 
 
+@for_python
 def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
     """Return the preview of a recipe's tokenized data, as ``llm-align data --json`` prints it.
 
@@ -187,6 +210,7 @@ def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
     return preview(recipe, rows=rows)
 
 
+@for_python
 def generate(
     model: str | Path,
     rows: "Data",
@@ -237,6 +261,7 @@ def generate(
     )
 
 
+@for_python
 def load_pipeline(
     name: str,
     *,
@@ -262,6 +287,7 @@ def load_pipeline(
     return plan.resolve_pipeline(name, base=base, out=folder, overrides=settings)
 
 
+@for_python
 def run_pipeline(
     pipeline: "Pipeline",
     *,

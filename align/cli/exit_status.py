@@ -12,6 +12,7 @@ import click
 from finetune.distributed.rank import dist_info
 from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
 from finetune.recipe.errors import LibraryError, UserError
+from finetune.recipe.python_messages import command_line_messages
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import discard, echo
 
@@ -77,7 +78,7 @@ class OutputGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with silent_when_closed():
+        with command_line_messages(), silent_when_closed():
             return super().invoke(ctx)
 
 

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,10 +16,7 @@ from finetune.recipe.console import Terminal
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.terminal import echo, echo_json
 from finetune.recipe.visible_text import visible
-from finetune.training.run_directory import Result
-
-if TYPE_CHECKING:
-    from finetune.training.loaded_model import LoadedModel
+from finetune.training.result import Result
 
 SAMPLE_CELL_WIDTH = 160
 SPREAD_COLUMNS = ("mean", "std")
@@ -81,7 +78,7 @@ def generate_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: f
     """
     from finetune.training.loaded_model import load_finished_run
 
-    return _generate_reply(load_finished_run(run), [Message("user", prompt)], max_new_tokens, temperature)
+    return load_finished_run(run).reply(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
@@ -101,11 +98,11 @@ def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
             continue
         turns = [*history, Message("user", question)]
         try:
-            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
+            reply = loaded.reply(turns, max_new_tokens=max_new_tokens, temperature=temperature)
         # Single-turn templates cannot render a history: each question starts a new conversation.
         except TemplateError:
             turns = turns[-1:]
-            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
+            reply = loaded.reply(turns, max_new_tokens=max_new_tokens, temperature=temperature)
         echo(reply)
         history = [*turns, loaded.encoder.parse_reply(reply)]
 
@@ -119,23 +116,6 @@ def _read_questions() -> Iterator[str]:
         if not question:
             return
         yield question
-
-
-def _generate_reply(
-    loaded: "LoadedModel", turns: list[Message], max_new_tokens: int, temperature: float
-) -> str:
-    from finetune.training.generation import generate_completions
-
-    completions = generate_completions(
-        loaded.model,
-        loaded.encoder,
-        [turns],
-        # At least half of the context is left for the conversation.
-        max_new_tokens=min(max_new_tokens, loaded.context // 2),
-        context=loaded.context,
-        temperature=temperature,
-    )
-    return completions[0].text
 
 
 def score_and_print(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from align.pipeline.plan import Pipeline
 from align.reward.scorer import TOTAL, load_reward_model
 from finetune.training.generation import generate_completions
 from finetune.training.loaded_model import load_finished_run
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.samples import sample_turns
 
 SampleEntries = list[dict[str, Any]]

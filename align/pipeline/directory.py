@@ -18,7 +18,7 @@ from finetune.training.atomic_files import (
     read_jsonl,
     write_text_atomically,
 )
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 RECORD_FILE, RESOLVED_FILE = "pipeline.json", "pipeline.yaml"
 REPORT_FILE, SAMPLES_FILE = "report.html", "samples.jsonl"

@@ -22,7 +22,7 @@ from finetune.recipe import yaml_file
 from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import plugin_summary, stage_names
 from finetune.recipe.visible_text import visible, visible_value
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 COMPLETION_WIDTH = 160
 HIDDEN_SUMMARY_ENTRIES = ("training", "peak memory")

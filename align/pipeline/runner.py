@@ -25,7 +25,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import FINISHED, STOPPED
 from finetune.training.launch import launch_stage
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 
 def run_all_stages(

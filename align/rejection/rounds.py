@@ -177,7 +177,12 @@ def train_round(
     if run.finished:
         return
     round_ctx = RunContext(
-        recipe, run, ctx.console, ctx.command, schedule_part=_schedule_part(ctx, round_index)
+        recipe,
+        run,
+        ctx.console,
+        ctx.command,
+        schedule_part=_schedule_part(ctx, round_index),
+        callbacks=ctx.callbacks,
     )
     init_distributed(round_ctx)
     with ctx.timed("train"):

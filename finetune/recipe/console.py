@@ -20,6 +20,7 @@ from rich.style import Style
 from rich.text import Text
 
 from finetune.recipe.disk import OUTPUT_REPAIR, storage_error
+from finetune.recipe.python_messages import reader_words
 from finetune.recipe.terminal import discard
 from finetune.recipe.visible_text import visible
 
@@ -48,7 +49,9 @@ class Terminal(Console):
             StorageError: the output is a file on a full disk.
         """
         try:
-            super().print(*objects, **kwargs)
+            super().print(
+                *(reader_words(text) if isinstance(text, str) else text for text in objects), **kwargs
+            )
         except BrokenPipeError:
             raise
         except OSError as error:

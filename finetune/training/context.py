@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from transformers import TrainerCallback
 
 from finetune import __version__
 from finetune.distributed import collectives
@@ -79,6 +80,7 @@ class RunContext(Generic[SettingsT]):
         loading_contexts: contexts of sharded weights (ZeRO-3), open from loading until training begins.
         is_recording: whether run.json exists, so that checks are written to it at once.
         fitted: the settings with limits that fit the training rows; None before these are read.
+        callbacks: the user's callbacks of the trainer.
     """
 
     recipe: Recipe[SettingsT]
@@ -96,6 +98,7 @@ class RunContext(Generic[SettingsT]):
     loading_contexts: ExitStack = field(default_factory=ExitStack)
     is_recording: bool = False
     fitted: SettingsT | None = None
+    callbacks: Sequence[TrainerCallback] = ()
 
     @property
     def settings(self) -> SettingsT:

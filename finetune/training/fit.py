@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
 from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.disk import writing_inside
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.limits import fit_to_rows
 from finetune.recipe.settings import StageSettings
 from finetune.training import checkpoints
@@ -164,6 +164,24 @@ def _select_checkpoint(ctx: RunContext) -> checkpoints.LastCheckpoint:
     return last
 
 
+def checked_callbacks(callbacks: Sequence[TrainerCallback | type[TrainerCallback]]) -> list[TrainerCallback]:
+    """Return the user's callbacks as objects.
+
+    Raises:
+        UserError: one of them is no ``TrainerCallback``.
+    """
+    made = [value() if isinstance(value, type) else value for value in callbacks]
+    wrong = [index for index, value in enumerate(made) if not isinstance(value, TrainerCallback)]
+    if wrong:
+        actual = f"found {type(made[wrong[0]]).__name__}"
+        expected = "an object or a subclass of transformers.TrainerCallback"
+        repair = (
+            "class Mine(TrainerCallback): def on_log(self, args, state, control, logs=None, **kwargs): ..."
+        )
+        raise UserError(Problem(f"callbacks[{wrong[0]}]", actual, expected, repair))
+    return made
+
+
 def _add_callbacks(
     ctx: RunContext, trainer: Trainer, recorder: Recorder, *, allows_zero_gradients: bool
 ) -> None:
@@ -183,3 +201,6 @@ def _add_callbacks(
             ctx.check, allows_zero_gradients=allows_zero_gradients, engine_takes_gradients=uses_zero
         )
     )
+    # The user's come last: what they see is recorded already.
+    for callback in ctx.callbacks:
+        trainer.add_callback(callback)

@@ -35,12 +35,15 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import prepare_terminal
 from finetune.training import auto_values
-from finetune.training.run_directory import Result, RunDirectory
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 from finetune.training.stage import run_stage
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from finetune.training.stage import Callbacks, RunOptions
 
 SHUTDOWN_TIMEOUT = 600
 """Seconds that the workers have after a signal to finish the current step and write its checkpoint."""
@@ -56,6 +59,7 @@ def launch_stage(
     force: bool = False,
     accept_changed_code: bool = False,
     command: str = "",
+    callbacks: "Callbacks" = (),
 ) -> Result:
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
@@ -65,6 +69,7 @@ def launch_stage(
         force: replace an existing run of this recipe.
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
+        callbacks: the user's callbacks of the trainer.
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
@@ -74,24 +79,31 @@ def launch_stage(
     """
     check_deepspeed_installed(recipe.settings.train.strategy)
     check_extension_builds(recipe.settings.train.strategy)
+    options: RunOptions = {
+        "accept_changed_code": accept_changed_code,
+        "command": command,
+        "callbacks": callbacks,
+    }
     dist = dist_info()
     if dist.world_size > 1:
         rank_console = console if dist.is_main else Terminal(quiet=True)
-        return run_stage(
-            recipe, rank_console, force=force, accept_changed_code=accept_changed_code, command=command
-        )
+        return run_stage(recipe, rank_console, force=force, **options)
     if not RunDirectory.of(recipe, force=force, accept_changed_code=accept_changed_code).finished:
         check_hub(recipe.settings)
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
-            _refuse_python_functions(recipe, num_processes)
+            _refuse_python_objects(recipe, callbacks, num_processes)
             launch_processes(LaunchSpec(recipe, force, accept_changed_code, command), num_processes)
             force = False  # the workers finished the run: below it is only read
-    return run_stage(recipe, console, force=force, accept_changed_code=accept_changed_code, command=command)
+    return run_stage(recipe, console, force=force, **options)
 
 
-def _refuse_python_functions(recipe: Recipe, num_processes: int) -> None:
-    """Raise UserError if the recipe has functions given in Python, which other processes cannot get."""
+def _refuse_python_objects(recipe: Recipe, callbacks: "Callbacks", num_processes: int) -> None:
+    """Raise UserError for functions and callbacks given in Python, which other processes cannot get."""
+    if callbacks:
+        expected = "1 for callbacks given in Python"
+        repair = "train.num_processes=1; or start the program with torchrun"
+        raise UserError(Problem("train.num_processes", f"{num_processes}, with callbacks", expected, repair))
     if function := next(python_functions(recipe.settings), None):
         actual = f"{num_processes}, with the function {function.name} given in Python"
         repair = f"put it into a file and name it rules.py:{function.name}; or train.num_processes=1"

@@ -1,18 +1,21 @@
 """Load a finished run, or a base, for inference: model, tokenizer and chat template."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
+from data_templates.segments import Message
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
+from finetune.training.generation import generate_completions
 from finetune.training.loading import resolve_quantization
 from finetune.training.model import context_length, load_base, load_tokenizer
 
@@ -33,6 +36,52 @@ class LoadedModel:
     model: nn.Module
     encoder: Encoder
     context: int
+
+    def reply(
+        self,
+        prompt: str | Sequence[Message | Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> str:
+        """Return the model's reply, with the template of its training.
+
+        Args:
+            prompt: a question; or the turns of a conversation up to the user's, as messages or as mappings of
+                ``role`` and ``content``.
+            max_new_tokens: maximum length of the reply; at least half of the context is left to the prompt.
+            temperature: 0 is greedy decoding.
+
+        Raises:
+            TemplateError: the template cannot render the conversation.
+        """
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(map(_as_message, prompt))
+        [completion] = generate_completions(
+            self.model,
+            self.encoder,
+            [turns],
+            max_new_tokens=max_new_tokens,
+            context=self.context,
+            temperature=temperature,
+        )
+        return completion.text
+
+
+def _as_message(turn: Message | Mapping[str, str]) -> Message:
+    return turn if isinstance(turn, Message) else Message(turn["role"], turn["content"])  # type: ignore[arg-type]
+
+
+def load_for_generation(run: Path) -> LoadedModel:
+    """Load a finished run's model, ready for ``model.generate``: it ends where the template ends a reply.
+
+    Raises:
+        UserError: the folder is not a finished run.
+    """
+    loaded = load_finished_run(run)
+    config = loaded.model.generation_config
+    assert isinstance(config, GenerationConfig)
+    config.eos_token_id, config.pad_token_id = list(loaded.encoder.stop_ids), loaded.encoder.stop_ids[0]
+    return loaded
 
 
 def load_finished_run(run: Path) -> LoadedModel:

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -361,31 +360,3 @@ def _runs_of(recipe: Recipe) -> list[tuple[Path, dict[str, Any]]]:
         if record.get("functions") and not is_outdated(record):
             runs.append((folder, record))
     return runs
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run.
-
-    Attributes:
-        directory: the run directory.
-        record: content of run.json.
-        metrics: one entry per logged step.
-        samples: one entry per prompt, with the replies before and after training.
-    """
-
-    directory: Path
-    record: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-
-    @property
-    def adapter(self) -> Path:
-        """Return the folder of the adapter (for PEFT), or of the model after full fine-tuning."""
-        folder = self.directory / "adapter"
-        return folder if folder.is_dir() else self.directory / "model"
-
-    @classmethod
-    def of(cls, run: RunDirectory) -> "Result":
-        """Read the directory of a finished run."""
-        return cls(run.path, run.record, run.metrics(), run.samples())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
@@ -12,11 +12,12 @@ from finetune.recipe.recipe import Recipe
 from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.run_directory import Result, RunDirectory
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from data_templates.segments import Message
     from finetune.data.conversation import Conversation
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
     from finetune.training.generation import Completion
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.model import Policy, TextEncoding
+
+
+Callbacks = Sequence["TrainerCallback | type[TrainerCallback]"]
+"""A user's callbacks of the trainer: objects or classes."""
+
+
+class RunOptions(TypedDict):
+    """How a run is started, besides its recipe."""
+
+    accept_changed_code: bool
+    command: str
+    callbacks: Callbacks
 
 
 class HeldOutRows(Sized, Protocol):
@@ -168,6 +181,7 @@ def run_stage(
     force: bool = False,
     accept_changed_code: bool = False,
     command: str = "",
+    callbacks: "Callbacks" = (),
 ) -> Result:
     """Run a recipe's stage in this process; a finished run is returned at once.
 
@@ -177,6 +191,7 @@ def run_stage(
         force: replace an existing run of this recipe.
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
+        callbacks: the user's callbacks of the trainer.
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
@@ -189,8 +204,10 @@ def run_stage(
     if not run.finished:
         # Heavy libraries are imported from here on: a finished run is returned without them.
         from finetune.training.context import RunContext
+        from finetune.training.fit import checked_callbacks
 
         stage, ctx = load_stage(recipe.stage), RunContext(recipe, run, console, command)
+        ctx.callbacks = checked_callbacks(callbacks)
         try:
             # Rejection sampling has a loop of its own.
             if hasattr(stage, "run"):

@@ -16,7 +16,7 @@ from finetune.planner.estimate import estimate
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.training.loss import completion_loss_sum, output_head
 from finetune.training.model import DTYPES
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 NEEDS_GPU = [

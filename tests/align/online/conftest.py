@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from finetune.recipe.recipe import read_recipe
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 FINETUNE = Path(__file__).parents[2] / "finetune"

@@ -16,7 +16,7 @@ from align.rejection import diagnostics
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
 from finetune.training import fit
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

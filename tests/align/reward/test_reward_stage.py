@@ -12,7 +12,7 @@ from align import load_recipe, load_reward, load_tuned, run
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import Message
 from finetune.recipe.errors import UserError
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.plots]
 RULES = "def brief(prompt, completion):\n    return -len(completion) / 10\n"

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 sys.path += [str(Path(__file__).parents[2] / "finetune" / "training")]

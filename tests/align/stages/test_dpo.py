@@ -19,7 +19,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
 from finetune.training.loaded_model import load_finished_run
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}

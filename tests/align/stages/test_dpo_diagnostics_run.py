@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from finetune.recipe.recipe import Recipe
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]

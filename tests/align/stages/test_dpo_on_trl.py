@@ -14,7 +14,7 @@ from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 Runs = Callable[..., Result]
 TRL: dict[str, Any] = {"train__engine": "trl"}

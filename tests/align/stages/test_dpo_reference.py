@@ -18,7 +18,7 @@ from finetune.data.cache import DamagedCacheError, read_cached
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import loading
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]

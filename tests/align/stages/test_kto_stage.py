@@ -18,7 +18,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 ROOT = Path(__file__).parents[3]

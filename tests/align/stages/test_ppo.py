@@ -25,7 +25,8 @@ from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.loading import load_text_encoding
 from finetune.training.recorder import Recorder
-from finetune.training.run_directory import Result, RunDirectory
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 from finetune.training.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")

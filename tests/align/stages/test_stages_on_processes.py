@@ -16,7 +16,7 @@ from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.recipe import read_recipe
 from finetune.training.launch import launch_stage
 from finetune.training.recorder import Recorder
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = Console(quiet=True)

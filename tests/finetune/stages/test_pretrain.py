@@ -18,7 +18,7 @@ from finetune.training import fit
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.metric_specs import MetricSpec
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 RECIPE = """\

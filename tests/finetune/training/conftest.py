@@ -8,7 +8,7 @@ from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 RECIPE = """\

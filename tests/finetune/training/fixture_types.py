@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from finetune.recipe.recipe import Recipe
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 MakeRecipe = Callable[..., Recipe]
 Tune = Callable[..., Result]

@@ -12,7 +12,8 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.errors import UserError
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.merge import merge_run
-from finetune.training.run_directory import MERGED, Result
+from finetune.training.result import Result
+from finetune.training.run_directory import MERGED
 
 INPUTS = torch.tensor([[5, 17, 300, 42, 7, 9], [8, 1, 2, 300, 17, 99]])
 

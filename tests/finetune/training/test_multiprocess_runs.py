@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 from finetune.recipe.errors import UserError
 from finetune.training.launch import launch_stage
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 QUIET = Console(quiet=True)
 UNEVEN: dict[str, Any] = {

@@ -26,7 +26,7 @@ from finetune.stages.sft import SFT
 from finetune.training import fit, save
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.stage import run_stage
 
 ENGINES = ("native", "trl")

@@ -8,7 +8,8 @@ from fixture_types import Tune
 
 from finetune.training.metric_specs import SUPERVISED_METRICS
 from finetune.training.report import write_report
-from finetune.training.run_directory import Result, RunDirectory
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.plots
 

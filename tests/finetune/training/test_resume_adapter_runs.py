@@ -17,7 +17,8 @@ from finetune.training.context import RunContext
 from finetune.training.fingerprint import run_fingerprint
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.loading import load_policy
-from finetune.training.run_directory import Result, RunDirectory
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 from finetune.training.stage import run_stage
 
 

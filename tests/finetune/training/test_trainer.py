@@ -17,7 +17,7 @@ from finetune.data.dataset import TokenizedRows
 from finetune.engines.trl.trainer import TrlSFTTrainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 from finetune.training.trainer import NativeTrainer, TrainerData
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
