@@ -23,6 +23,7 @@ from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
 from finetune.recipe.errors import CheckFailedError, UserError
+from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import echo, echo_json, prepare_terminal
 
@@ -193,8 +194,9 @@ def merge(directory: Path) -> None:
     silence_libraries()
     from finetune.training.merge import merge_run
 
-    echo(f"merged   {merge_run(directory, report=lambda result: echo(result.line()))}")
-    echo(f"next     llm-align sft --base {directory}")
+    merged = merge_run(directory, report=lambda result: echo(result.line()))
+    echo(f"merged   {merged}")
+    echo(f"next     llm-align sft --base {merged if is_peft_folder(directory) else directory}")
 
 
 add_stage_commands(cli)

@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.peft_folder import is_peft_folder
 
 BASES = PROJECT / "recipes" / "bases.yaml"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -98,6 +99,10 @@ def _model_of_run(run: Path) -> Path:
 
 
 def _adapter_hint(folder: Path) -> str:
+    if is_peft_folder(folder):
+        return (
+            f"it is an adapter: --from {folder} trains it further, `llm-align merge {folder}` makes a model"
+        )
     if (folder / ADAPTER_CONFIG).is_file():
         return f"it is an adapter: merge it first (llm-align merge {folder.parent})"
     children = sorted(child.parent.name for child in folder.glob("*/config.json"))

@@ -15,6 +15,7 @@ from finetune.recipe.discovery import (
     stage_names,
 )
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.peft_folder import is_peft_folder, peft_adapter_settings
 from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
 
@@ -37,6 +38,7 @@ class ParentRun:
         template: its ``data.template``, ``data.template_options`` and ``data.system_prompt``; empty if it was
             trained on plain text.
         notes: notes for the user.
+        is_peft_folder: whether it is an adapter of PEFT, of which base and settings are known.
     """
 
     name: str
@@ -44,10 +46,13 @@ class ParentRun:
     adapter: AdapterSettings | None
     template: dict[str, Any]
     notes: list[str]
+    is_peft_folder: bool = False
 
     @property
     def origin(self) -> str:
         """Return the origin that ``show`` prints for inherited values."""
+        if self.is_peft_folder:
+            return f"adapter {Path(self.name).name}"
         return f"run {Path(self.name).name if Path(self.name).is_dir() else self.name}"
 
 
@@ -68,6 +73,8 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
     record = read_finished_record(run)
     _check_generative(str(run), record["stage"], stage=stage)
     check_saved_files(run, record, where="model.init_from")
+    if is_peft_folder(run):
+        return _parent_from_peft_folder(run, record["reload"]["model"])
     model_record, name = record["reload"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
     method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
@@ -83,6 +90,14 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
         template=_template_settings(record["stage"], model_record),
         notes=notes,
     )
+
+
+def _parent_from_peft_folder(folder: Path, model: dict[str, Any]) -> ParentRun:
+    """Return an adapter of PEFT as a parent; it does not say with which template it was trained."""
+    adapter = _parse_adapter(peft_adapter_settings(folder))
+    settings = ModelSettings(base=model["base"], revision=model["revision"])
+    note = f"{folder} does not say with which template it was trained: data.template is the recipe's"
+    return ParentRun(_relative_folder(folder), settings, adapter, {}, [note], is_peft_folder=True)
 
 
 def parent_from_recipe(text: str, parent_stage: str, settings: StageSettings, *, stage: str) -> ParentRun:
@@ -114,6 +129,7 @@ def inherit_settings(
     problems = list(_conflicts(values, origins, parent=parent, inherited=inherited))
     previous_method = values.get("adapter", {}).get("method", AdapterSettings().method)
     notes = [*parent.notes, *_template_note(values, origins, parent=parent)]
+    notes += _other_base_note(values, origins, parent=parent)
     replaced = [
         note
         for section in inherited
@@ -197,7 +213,9 @@ def _inherited_values(parent: ParentRun, values: SectionValues) -> SectionValues
     model = parent.model.model_dump()
     section = values.get("model", {})
     keys = [*INHERITED_KEYS, *(key for key in INHERITED_UNLESS_SET if key not in section)]
-    if parent.adapter is None:
+    if parent.is_peft_folder:
+        keys = ["base", "revision"]
+    elif parent.adapter is None:
         keys.remove("quantization")  # a new adapter on what is now a base
     data = {key: value for key, value in parent.template.items() if key not in values.get("data", {})}
     inherited = {"model": {"init_from": parent.name, **{key: model[key] for key in keys}}, "data": data}
@@ -234,7 +252,7 @@ def _inherit_section(
         if (
             origins.get(dotted) != COMMAND_LINE
             or dotted == "model.init_from"
-            or dotted not in _overridable_keys(inherited)
+            or dotted not in _overridable_keys(inherited, parent)
         ):
             section_values[key] = value
             # setdefault: a value from the command line, such as --from, is still shown as one.
@@ -242,11 +260,13 @@ def _inherit_section(
     return replaced
 
 
-def _overridable_keys(inherited: SectionValues) -> set[str]:
+def _overridable_keys(inherited: SectionValues, parent: ParentRun) -> set[str]:
     """Return the inherited settings that the user may override, by ``section.key``."""
     adapter = inherited.get("adapter")
+    # adapter_config.json has the path or the name of the base on the machine of whoever trained it.
+    base = ("model.base", "model.revision") if parent.is_peft_folder else ()
     overridable = adapter_traits(adapter["method"]).training_only if adapter else ()
-    return {"model.init_from", "model.trust_remote_code", *(f"adapter.{key}" for key in overridable)}
+    return {"model.init_from", "model.trust_remote_code", *base, *(f"adapter.{key}" for key in overridable)}
 
 
 def _conflicts(
@@ -258,7 +278,7 @@ def _conflicts(
     }
     for dotted, inherited_value in fixed.items():
         section, key = dotted.split(".")
-        if origins.get(dotted) != COMMAND_LINE or dotted in _overridable_keys(inherited):
+        if origins.get(dotted) != COMMAND_LINE or dotted in _overridable_keys(inherited, parent):
             continue
         given_value = values[section][key]
         if _same_value(dotted, given_value, inherited_value):
@@ -291,6 +311,17 @@ def _same_value(dotted: str, first: Any, second: Any) -> bool:
         return resolve_base(first) == resolve_base(second)
     except UserError:
         return False
+
+
+def _other_base_note(values: SectionValues, origins: Origins, *, parent: ParentRun) -> list[str]:
+    """Return a note if an adapter of PEFT continues on another base than its config names."""
+    base = values.get("model", {}).get("base")
+    if not parent.is_peft_folder or origins.get("model.base") != COMMAND_LINE:
+        return []
+    if _same_value("model.base", base, parent.model.base):
+        return []
+    trained = f"{parent.name} was trained on '{parent.model.base}' (adapter_config.json)"
+    return [f"{trained}: it continues on '{base}'"]
 
 
 def _template_note(values: SectionValues, origins: Origins, *, parent: ParentRun) -> list[str]:

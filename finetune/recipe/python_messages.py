@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
-from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 
 Parameters = ParamSpec("Parameters")
@@ -41,6 +40,7 @@ PHRASES = (
     (re.compile(r"\b([Rr])un the same command"), r"\1epeat the same call"),
     (re.compile(r"the same command"), "the same call"),
     (re.compile(r"\(command line\)"), "(Python)"),
+    (re.compile(r"--traceback prints the library's error"), "its __cause__ is the library's error"),
 )
 OTHER_NAMES = {
     "start": "init_from",
@@ -107,8 +107,10 @@ def for_python(function: Callable[Parameters, Returned]) -> Callable[Parameters,
             error.problems = [_translate_problem(problem) for problem in error.problems]
             error.args = ("\n".join(str(problem) for problem in error.problems),)
             raise
-        except Interrupted as stop:
-            stop.args = (reader_words(str(stop)),)
+        except Exception as error:
+            # Ours with one text: an interrupted run says how it is resumed.
+            if type(error).__module__.startswith("finetune.") and len(error.args) == 1:
+                error.args = (reader_words(str(error)),)
             raise
 
     return call

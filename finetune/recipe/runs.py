@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.peft_folder import is_peft_folder, peft_record
 
 RUNS_FOLDER = Path("runs")
 ROWS_FOLDER = "rows"
@@ -160,11 +161,13 @@ def refuse_outdated(where: str, record: Mapping[str, Any]) -> None:
 
 
 def read_finished_record(run: Path) -> dict[str, Any]:
-    """Return a finished run's run.json.
+    """Return a finished run's run.json, or what it would say of an adapter of PEFT.
 
     Raises:
         UserError: the folder is not a finished run.
     """
+    if is_peft_folder(run):
+        return peft_record(run)
     record = read_run_record(run)
     refuse_outdated(str(run), record)
     if record.get("status") != FINISHED:
@@ -197,7 +200,8 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     the same parent after its own run has finished.
 
     Args:
-        name: a run's folder, the name of a folder in ./runs, or a prefix of such a name.
+        name: a run's folder, the name of a folder in ./runs, or a prefix of such a name; or a folder with an
+            adapter of PEFT.
         where: the recipe's key, for the message.
         recipes: whether the message also offers stage/recipe.
 
@@ -206,7 +210,7 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     """
     folder = Path(name).expanduser()
     for path in (folder, RUNS_FOLDER / name):
-        if (path / "run.json").is_file():
+        if (path / "run.json").is_file() or is_peft_folder(path):
             read_finished_record(path)
             return path, ""
     # A run's name is stage, recipe and digest; users type it without the digest.

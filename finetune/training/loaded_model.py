@@ -12,6 +12,7 @@ from data_templates.segments import Message
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import detect_hardware
+from finetune.recipe.peft_folder import adapter_folder, is_peft_folder
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
@@ -21,6 +22,7 @@ from finetune.training.model import context_length, load_base, load_tokenizer
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 """In which a base may be stored; others are loaded without quantization."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class LoadedModel:
         model: base and adapter.
         encoder: tokenizer and template of the run.
         context: context length of the model in tokens.
+        precision: of the base.
     """
 
     model: nn.Module
     encoder: Encoder
     context: int
+    precision: str
 
     def reply(
         self,
@@ -97,23 +101,27 @@ def load_finished_run(run: Path) -> LoadedModel:
         # The saved config contains the RoPE scaling already, and scaling it twice is refused.
         settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
     hardware = detect_hardware()
-    base = load_base(
-        settings, precision=saved["precision"], quantization=saved["quantization"], hardware=hardware
-    )
-    adapter = run / "adapter"
+    # An adapter of PEFT does not say in which precision it was trained.
+    precision = saved["precision"] or auto_values.precision("auto", hardware)[0]
+    base = load_base(settings, precision=precision, quantization=saved["quantization"], hardware=hardware)
+    adapter = adapter_folder(run)
     model: nn.Module = base
     if not full_model.is_dir():
         model = load_saved_adapter(base, adapter)
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
+    if is_peft_folder(run) and not (run / TOKENIZER_CONFIG).is_file():
+        tokenizer = load_tokenizer(settings)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
     encoder = Encoder(
         tokenizer,
-        saved["template"],
+        saved["template"] or ("tokenizer" if tokenizer.chat_template else "plain"),
         system=saved["system_prompt"],
         control_suffix=saved["control_suffix"],
         template_options=saved.get("template_options"),
     )
-    return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])
+    context = context_length(settings) - saved["virtual_tokens"]
+    return LoadedModel(model, encoder, context, precision)
 
 
 def load_base_model(base: str, *, template: str | None = None) -> LoadedModel:
@@ -134,4 +142,4 @@ def load_base_model(base: str, *, template: str | None = None) -> LoadedModel:
     quantization, _ = resolve_quantization(settings, QUANTIZATIONS)
     model = load_base(settings, precision=precision, quantization=quantization, hardware=hardware)
     model.eval()
-    return LoadedModel(model, encoder, context_length(settings))
+    return LoadedModel(model, encoder, context_length(settings), precision)

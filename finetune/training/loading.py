@@ -14,6 +14,7 @@ from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.base_config import stored_quantization
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.peft_folder import adapter_folder
 from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
@@ -116,7 +117,7 @@ def load_data(ctx: RunContext, text: TextEncoding) -> PreparedData:
 def parent_adapter_run(settings: ModelSettings) -> Path | None:
     """Return the run whose adapter is trained further; None without one, or if its full model is the base."""
     parent = Path(settings.init_from) if settings.init_from is not None else None
-    return parent if parent is not None and (parent / "adapter").is_dir() else None
+    return parent if parent is not None and adapter_folder(parent).is_dir() else None
 
 
 def load_policy(ctx: RunContext) -> Policy:

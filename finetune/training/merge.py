@@ -20,6 +20,7 @@ from finetune.recipe import yaml_file
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.disk import check_free_space
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.peft_folder import adapter_folder, check_peft_mergeable, is_peft_folder
 from finetune.recipe.runs import read_generative_record
 from finetune.training.atomic_files import atomic_folder
 from finetune.training.inference_files import save_inference_files
@@ -48,7 +49,7 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
         StorageError: the disk has no room for the merged model.
     """
     record = read_generative_record(run)
-    adapter = run / "adapter"
+    adapter = adapter_folder(run)
     if not adapter.is_dir():
         raise UserError(
             Problem(str(run), "a run without an adapter", "a run with one", f"use it as it is: --base {run}")
@@ -58,10 +59,10 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
     assert isinstance(loaded.model, PeftModel)
     # Runs of earlier versions did not record rows.
     rows = record.get("probe_rows") or [loaded.encoder.stop_ids + list(range(16))]
-    probe = Probe(rows, saved["precision"])
+    probe = Probe(rows, loaded.precision)
     trained = probe.logits(loaded.model)
     merged = _merged(loaded.model, adapter, quantized=saved["quantization"] != "none")
-    bound = merge_bound(merged, saved["precision"], saved["quantization"])
+    bound = merge_bound(merged, loaded.precision, saved["quantization"])
     in_memory = probe.logits(merged)
     Difference(logits_difference(in_memory, trained), bound).require(run, expected="base with adapter")
     loading = Loading.of(merged, trust_remote_code=saved["model"]["trust_remote_code"])
@@ -126,6 +127,9 @@ def _merged(model: nn.Module, adapter: Path, *, quantized: bool) -> PreTrainedMo
 
 def _check_mergeable(run: Path) -> None:
     """Raise UserError if the run's adapter declares that it cannot be merged."""
+    if is_peft_folder(run):
+        check_peft_mergeable(run)
+        return
     method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]["method"]
     if reason := adapter_traits(method).merge_unsupported:
         expected = "an adapter that can be merged into the weights, such as lora"

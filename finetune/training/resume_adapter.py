@@ -11,6 +11,7 @@ from torch import nn
 
 from finetune.adapters._prompt_model import ENCODER_WEIGHTS_FILE
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.peft_folder import adapter_folder, is_peft_folder
 from finetune.recipe.runs import read_finished_record
 from finetune.training.preflight.checks import first_few
 from finetune.training.save import ADAPTER_WEIGHTS, adapter_tensors, file_sha256
@@ -34,7 +35,7 @@ def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection
     for name, checksum in read_finished_record(run)["files"].items():
         if file_sha256(run / name) != checksum:
             raise _corrupt_run(run, f"{name}: checksum mismatch")
-    folder = run / "adapter"
+    folder = adapter_folder(run)
     saved, current = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
     new = {name for name in current.keys() - saved.keys() if set(new_modules) & set(name.split("."))}
     if mismatched := sorted(saved.keys() ^ current.keys() - new):
@@ -64,4 +65,6 @@ def _is_close(current: torch.Tensor, saved: torch.Tensor) -> bool:
 
 def _corrupt_run(run: Path, actual: str) -> UserError:
     repair = f"`{read_finished_record(run)['command']} --force` repeats the run"
+    if is_peft_folder(run):
+        repair = "the base that it was trained on: --base FOLDER"
     return UserError(Problem(f"model.init_from {run}", actual, "the adapter that the run saved", repair))

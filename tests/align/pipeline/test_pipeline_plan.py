@@ -200,12 +200,12 @@ stages:
     error = told(here, text, **{"sft.train.seed": -1, "ppo.train.seed": 1, "sft.seed": 3})
     for fragment in (
         "stage sft: train.epoch (own.yaml:2): unknown key",
-        "stage sft: train.seed (command line): found -1",
+        "stage sft: train.seed (Python): found -1",
         "stages.reward.from (own.yaml:3): unknown stage 'stf'",
         "stage reward: adapter.ranks (own.yaml:3): unknown key",
         "stages.dpo.recipe (own.yaml:4): 'dpo/smal': stage dpo has no such recipe",
-        "ppo.train.seed (command line): unknown stage 'ppo'",
-        "'sft.seed' (command line): invalid override",
+        "ppo.train.seed (Python): unknown stage 'ppo'",
+        "'sft.seed' (Python): invalid override",
     ):
         assert fragment in error
 

@@ -320,7 +320,7 @@ def test_trl_s_trainer_runs_the_same_recipe(single: Result, folder: Path, base_f
     ("settings", "message"),
     [
         ({"data__source": "lists.jsonl"}, "24 prompts with more than two completions"),
-        ({"reward__heads": HEADS}, "train.engine (command line): 'trl' with 2 heads"),
+        ({"reward__heads": HEADS}, "train.engine (Python): 'trl' with 2 heads"),
     ],
 )
 def test_unsupported_trl_settings_are_reported(

@@ -127,7 +127,7 @@ def test_an_error_after_the_first_pass_is_translated_and_the_run_resumes(
         patch.setattr(torch.optim.AdamW, "step", fail_in_library)
         with pytest.raises(LibraryError, match=r"train: the run stopped: RuntimeError") as caught:
             run(recipe)
-    assert "the same command resumes from the last checkpoint" in caught.value.problems[0].repair
+    assert "the same call resumes from the last checkpoint" in caught.value.problems[0].repair
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "failed" and record["cause"]["type"] == "RuntimeError"
     result = run(recipe)
