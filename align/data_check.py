@@ -8,18 +8,22 @@ from typing import Any
 from align.preference.rows.comparison_rows import PREFERENCE_KINDS, ComparisonRows
 from align.preference.settings import PreferenceSettings
 from align.rl.prompt_rows import PromptRows
+from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings
 from finetune.data.conversation_rows import ConversationRows
 from finetune.data.files import source_files
 from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT
 from finetune.data.load import RowKind, SourceSpec, held_out_spec, load_rows, source_specs
 from finetune.data.report import DataReport
+from finetune.data.row_columns import RowColumns
 from finetune.recipe.compatibility import caught
 from finetune.recipe.discovery import local_path
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import DataSettings, StageSettings
+from finetune.recipe.user_arguments import RowFunction, column_problems
+from finetune.recipe.user_function import load_user_function
 from finetune.training.stored_rows import row_sources
 
 FIRST_ROWS = 1000
@@ -50,6 +54,34 @@ def data_problems(recipe: Recipe, *, dry_run: bool = False) -> list[Problem]:
     for spec in _other_specs(settings):
         first = replace(spec, first_rows=FIRST_ROWS) if dry_run else spec
         problems += caught(ConversationRows().load, first, 0, settings.train.seed, DataReport())
+    return problems
+
+
+def function_problems(settings: StageSettings) -> list[Problem]:
+    """Return the problems of reward functions and graders whose parameters no column fills.
+
+    Nothing of the Hub is read: there the columns are unknown until the run starts.
+    """
+    rewards = dict(settings).get("rewards")
+    sources = rewards.sources if isinstance(rewards, RewardsSettings) else []
+    named = {
+        f"rewards.sources[{index}].function": source.function
+        for index, source in enumerate(sources)
+        if source.function is not None
+    }
+    named |= {f"evaluate.graders.{name}": function for name, function in settings.evaluate.graders.items()}
+    if not named or hub_sources(settings):
+        return []
+    problems: list[Problem] = []
+    try:
+        columns = RowColumns(settings.data, []).names
+        for where, function in named.items():
+            problems += column_problems(
+                RowFunction(load_user_function(function, where=where)), columns, where=where
+            )
+    except UserError:
+        # Of the rows or of a function: it is reported where these are read.
+        return []
     return problems
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from align.data_check import data_problems
+from align.data_check import data_problems, function_problems
 from align.planner.process_memory import with_checked_processes
 from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
@@ -95,7 +95,7 @@ def plan_runs(recipe: Recipe, *, force: bool, accept_changed_code: bool = False)
     settings = recipe.settings
     problems = caught(load_graders, settings.evaluate.graders)
     problems += caught(check_deepspeed_installed, settings.train.strategy)
-    problems += data_problems(recipe, dry_run=True)
+    problems += data_problems(recipe, dry_run=True) + function_problems(settings)
     try:
         target = _target_machine(recipe)
         recipe = resolve(recipe, target)

@@ -61,7 +61,9 @@ class RewardSource(Section):
             return self.name or self.function.name
         if self.function is not None:
             return self.name or self.function.rpartition(":")[2]
-        return self.name or self.score or DEFAULT_REWARD_NAME
+        # The total of one run is not the total of all rewards.
+        score = None if self.score == RESERVED_TOTAL else self.score
+        return self.name or score or DEFAULT_REWARD_NAME
 
 
 def _parse_sources(value: Any) -> Any:

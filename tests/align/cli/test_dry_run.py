@@ -137,6 +137,17 @@ def test_examples_in_the_help_are_valid(call: Call, stage: str) -> None:
         assert call(*arguments)[0] == 0, arguments
 
 
+def test_parameters_of_functions_are_checked_against_the_columns(call: Call) -> None:
+    Path("q.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 300, encoding="utf-8")
+    Path("mine.py").write_text(
+        "def fine(completion, answer): return 1\ndef wrong(completion, answr): return 1\n", encoding="utf-8"
+    )
+    words = ("grpo", "quickstart", "--data", "q.jsonl", "evaluate.graders={}")
+    assert call(*words, "--reward", "mine.py:fine")[0] == 0
+    status, _, err = call(*words, "--reward", "mine.py:wrong")
+    assert status == 2 and "nothing fills the parameter 'answr'" in err and "did you mean 'answer'?" in err
+
+
 def test_one_reward_replaces_the_recipe_s_two(call: Call) -> None:
     Path("reward.py").write_text("def reward(prompt, completion):\n    return 0.0\n", encoding="utf-8")
     status, lines, err = call("rejection", "llama2-chat", "--reward", "reward.py:reward")

@@ -41,11 +41,10 @@ def test_short_forms_equal_long_forms() -> None:
     assert RewardsSettings.model_validate({"sources": "reward/quickstart"}) == rewards(run)
     assert RewardsSettings.model_validate({"sources": run}) == rewards(run)
     assert rewards("reward/quickstart", "my.py:good") == rewards(run, program)
-    names = [
-        source.metric_name
-        for source in rewards(run, program, {**run, "score": "help"}, {**run, "name": "n"}).sources
-    ]
-    assert names == ["reward", "good", "help", "n"]
+    total, several = {**run, "score": "total"}, [{**run, "score": "help"}, {**run, "name": "n"}]
+    names = [source.metric_name for source in rewards(run, program, *several, total).sources]
+    assert names == ["reward", "good", "help", "n", "reward"]
+    assert rewards(max).sources[0].metric_name == "max" and rewards(lambda c: c).sources[0].function
 
 
 CASES: dict[str, tuple[Given, str, str]] = {
