@@ -107,8 +107,7 @@ def for_python(function: Callable[Parameters, Returned]) -> Callable[Parameters,
             error.problems = [_translate_problem(problem) for problem in error.problems]
             error.args = ("\n".join(str(problem) for problem in error.problems),)
             raise
-        except Exception as error:
-            # Ours with one text: an interrupted run says how it is resumed.
+        except Exception as error:  # an interrupted run is no UserError, and says how it resumes
             if type(error).__module__.startswith("finetune.") and len(error.args) == 1:
                 error.args = (reader_words(str(error)),)
             raise

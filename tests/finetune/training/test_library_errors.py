@@ -15,6 +15,7 @@ from torch import nn
 from align.api import load_recipe, run
 from align.cli import main
 from finetune.recipe.errors import LibraryError, Problem, UserError
+from finetune.recipe.python_messages import reader_words
 from finetune.training.library_errors import library_errors, run_errors
 
 
@@ -93,7 +94,7 @@ def test_a_run_records_the_cause_and_its_folder_stays_usable(falcon: Path, tmp_p
     with pytest.raises(LibraryError, match=r"'prefix' does not fit a model of type 'falcon'") as caught:
         run(recipe("prefix"))
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "failed" and record["error"] == str(caught.value)
+    assert record["status"] == "failed" and reader_words(record["error"]) == str(caught.value)
     assert record["cause"] == caught.value.cause and "Traceback" in record["cause"]["traceback"]
     # Nothing was trained: the folder is free for the adapter that the message suggests.
     result = run(recipe("lora"))
