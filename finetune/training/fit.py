@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from finetune.data.tokens import Encoder
 from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
 from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
@@ -19,7 +20,9 @@ from finetune.training.arguments import num_optimizer_steps
 from finetune.training.context import RunContext
 from finetune.training.curve_findings import end_means, end_window
 from finetune.training.disk_plan import DiskPlan, check_run_space
+from finetune.training.inference_files import InferenceFiles
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.model import unwrap_model
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.preflight.first_steps import FirstStepsCheck
 from finetune.training.preflight.learning_checks import (
@@ -40,13 +43,16 @@ from finetune.training.schedule import ScheduledTrainer, check_warmup
 from finetune.training.trainer import BaseTrainer, first_row_ids, initial_param_groups
 
 
-def fit(ctx: RunContext, trainer: Trainer, policy: nn.Module, spec: MetricSpec) -> Callable[[], CheckResult]:
+def fit(
+    ctx: RunContext, trainer: Trainer, policy: nn.Module, encoder: Encoder, spec: MetricSpec
+) -> Callable[[], CheckResult]:
     """Train to the last step, resuming from the newest valid checkpoint.
 
     Args:
         ctx: context of the run.
         trainer: the engine's trainer.
         policy: the model that is saved, which the trainer trains.
+        encoder: tokenizer and template, which each checkpoint gets.
         spec: the metrics of metrics.jsonl, and whether a step may have zero gradients.
 
     Returns:
@@ -69,6 +75,9 @@ def fit(ctx: RunContext, trainer: Trainer, policy: nn.Module, spec: MetricSpec) 
     assert isinstance(trainer, ScheduledTrainer), "every engine's trainer has the one schedule"
     trainer.schedule_part = ctx.schedule_part
     recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys)
+    if ctx.run.is_writer:
+        # Before the recorder, which writes the checksums of a complete checkpoint.
+        trainer.add_callback(InferenceFiles(unwrap_model(policy), encoder))
     _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=spec.allows_zero_gradients)
     before = frozen_checksums(trainer.model)
     # Of the initial weights, also when training resumes: the Trainer loads the checkpoint later.

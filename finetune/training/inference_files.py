@@ -5,12 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError as JinjaError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from data_templates.segments import Message, TemplateError
+from finetune.data.chat_template import chat_template_text, export_chat_template
 from finetune.data.tokens import Encoder
+from finetune.training.context import RunContext
 
 COMPARED_CONVERSATIONS = (
     (Message("user", "a b"),),
@@ -21,22 +29,38 @@ COMPARED_CONVERSATIONS = (
 
 
 def save_inference_files(folder: Path, base: PreTrainedModel, encoder: Encoder) -> str:
-    """Save tokenizer, chat template and generation config; return why a chat template is left out, or "".
+    """Save tokenizer, chat template and generation config; return a note on the chat template, or "".
 
-    A chat template of the base that renders other text than the run's template is left out: replies to it
-    would not be those that were trained.
+    The saved chat template is the run's template. Where that cannot be written as one, none is saved: replies
+    to the base's would not be those that were trained.
     """
-    reason = chat_template_mismatch(encoder)
+    template, note = trained_chat_template(encoder)
     tokenizer = encoder.tokenizer
-    if reason:
+    if template is not tokenizer.chat_template:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = None
+        tokenizer.chat_template = template
     tokenizer.save_pretrained(str(folder))
     if base.can_generate():
         with_stop_tokens(base.generation_config, encoder.stop_ids).to_json_file(
             folder / GENERATION_CONFIG_NAME
         )
-    return reason
+    return note
+
+
+class InferenceFiles(TrainerCallback):  # type: ignore[misc]
+    """Saves tokenizer, chat template and generation config with every checkpoint."""
+
+    def __init__(self, base: PreTrainedModel, encoder: Encoder) -> None:
+        """Bind the callback to the model and the encoder of a run."""
+        self.base, self.encoder = base, encoder
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the files into the new checkpoint."""
+        save_inference_files(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}", self.base, self.encoder
+        )
 
 
 def with_stop_tokens(config: GenerationConfig, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -49,18 +73,44 @@ def with_stop_tokens(config: GenerationConfig, stop_ids: Sequence[int]) -> Gener
     return config
 
 
-def chat_template_mismatch(encoder: Encoder) -> str:
-    """Return why the base's chat template is not the run's template; "" if it is, or if there is none."""
-    if encoder.name == "tokenizer" or not encoder.tokenizer.chat_template:
-        return ""
-    for conversation in COMPARED_CONVERSATIONS:
-        messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
-        if _chat_template_ids(encoder, messages) != _template_ids(encoder, conversation):
-            return (
-                f"the base's chat template is not the run's template '{encoder.name}': saved without one; "
-                "`llm-align chat` uses the run's"
-            )
-    return ""
+def trained_chat_template(encoder: Encoder) -> tuple[str | None, str]:
+    """Return the chat template that renders what was trained (None: there is none), and a note for the user.
+
+    The base's own is kept where it is the run's template: it may have more, such as tools.
+    """
+    own = encoder.tokenizer.chat_template
+    has_defaults = encoder.system or encoder.template_options
+    if own and encoder.name == "tokenizer" and not has_defaults:
+        return own, ""
+    if own and renders_run_template(encoder):
+        return own, ""
+    template = export_chat_template(encoder)
+    if template is None:
+        return None, (
+            f"the run's template '{encoder.name}' cannot be written as a chat template: none is saved; "
+            "`llm-align chat` uses the run's"
+        )
+    replaced = f"the run's template '{encoder.name}' is saved in place of the base's"
+    return template, replaced if own and encoder.name != "tokenizer" else ""
+
+
+def untrained_chat_template(ctx: RunContext, encoder: Encoder) -> list[str]:
+    """Return a line for the user if the base has a chat template of its own and another one is trained."""
+    has_own = encoder.tokenizer.chat_template and encoder.name != "tokenizer"
+    if not has_own or ctx.settings.data.text_format is not None or renders_run_template(encoder):
+        return []
+    return [
+        f"this base has a chat template of its own, and the run trains '{encoder.name}': "
+        "data.template=tokenizer trains the base's"
+    ]
+
+
+def renders_run_template(encoder: Encoder) -> bool:
+    """Return whether the base's chat template gives the tokens of the run's template."""
+    return all(
+        _chat_template_ids(encoder, conversation) == _template_ids(encoder, conversation)
+        for conversation in COMPARED_CONVERSATIONS
+    )
 
 
 def _template_ids(encoder: Encoder, conversation: Sequence[Message]) -> list[int] | None:
@@ -71,10 +121,7 @@ def _template_ids(encoder: Encoder, conversation: Sequence[Message]) -> list[int
         return None
 
 
-def _chat_template_ids(encoder: Encoder, messages: list[dict[str, Any]]) -> list[int] | None:
+def _chat_template_ids(encoder: Encoder, conversation: Sequence[Message]) -> list[int] | None:
     """Return the ids of a prompt by the base's chat template; None if it refuses the conversation."""
-    try:
-        text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except JinjaError:
-        return None
-    return list(encoder.tokenizer(str(text), add_special_tokens=False).input_ids)
+    text = chat_template_text(encoder.tokenizer, conversation)
+    return None if text is None else list(encoder.tokenizer(text, add_special_tokens=False).input_ids)

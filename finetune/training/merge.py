@@ -111,7 +111,7 @@ def check_merged(
 
 
 def report_unsaved_template(note: str) -> CheckResult:
-    """Report why the run's template is not the chat template of the merged model's tokenizer."""
+    """Report what chat template was saved in place of the base's, or why there is none."""
     return CheckResult("chat template", note, warned=True)
 
 

@@ -242,7 +242,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.distributed.strategies import SHARDED_WEIGHTS
     from finetune.training.fit import check_disk, fit, fit_limits, record_training_metrics
     from finetune.training.generation import generate_sharded
-    from finetune.training.generation_eval import GenerationEvals
+    from finetune.training.inference_files import untrained_chat_template
     from finetune.training.library_errors import adapter_errors
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
@@ -255,9 +255,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     fit_limits(ctx, len(method.data.train), lambda: count_steps(ctx, method))
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
-    evals: GenerationEvals | None = method.evals if isinstance(method, LoadsEvals) else None
-    if evals is None and spec.generates:
-        evals = GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
+    evals = _load_evals(ctx, method)
     with adapter_errors(unwrap_model(method.policy.model), ctx.settings.adapter, first_pass=True):
         sections = method.prepare()
     num_steps = count_steps(ctx, method)
@@ -266,15 +264,15 @@ def train(ctx: "RunContext", method: Method) -> None:
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
     ctx.check(*check_schedule(ctx.settings.train, num_steps, ctx.schedule_part))
-    metadata = _metadata(ctx, method, sections) | {"steps": num_steps}
-    for note in evals.notes if evals else []:
+    for note in [*untrained_chat_template(ctx, method.text.encoder), *(evals.notes if evals else [])]:
         ctx.log(note)
-    with ctx.recorded(metadata, spec.with_summary(evals.summary if evals else {})):
+    sections = _metadata(ctx, method, sections) | {"steps": num_steps}
+    with ctx.recorded(sections, spec.with_summary(evals.summary if evals else {})):
         if evals:
             evals.run(ctx.run, generate, "before")
         trainer = method.build_trainer(args, num_steps)
         record_held_out(ctx, method, trainer, "before")
-        check_learned = fit(ctx, trainer, method.policy.model, spec)
+        check_learned = fit(ctx, trainer, method.policy.model, method.text.encoder, spec)
         save_policy(ctx, method.text, method.policy, method.data.probe_rows)
         record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
@@ -284,6 +282,17 @@ def train(ctx: "RunContext", method: Method) -> None:
         report_findings(ctx, spec, method.diagnose() if isinstance(method, Diagnoses) else [])
         # Last: a run that did not learn keeps its files, samples and findings.
         ctx.check(check_learned(), error=CheckFailedError)
+
+
+def _load_evals(ctx: "RunContext", method: Method) -> "GenerationEvals | None":
+    """Return the evals by generation; None for a model that does not generate."""
+    from finetune.training.generation_eval import GenerationEvals
+
+    if isinstance(method, LoadsEvals):
+        return method.evals
+    if not method.metric_spec.generates:
+        return None
+    return GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
 
 
 def _metadata(ctx: "RunContext", method: Method, sections: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune.data.tokens import Encoder
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.errors import UserError
-from finetune.training.inference_files import chat_template_mismatch, with_stop_tokens
+from finetune.training.inference_files import with_stop_tokens
 from finetune.training.merge import merge_adapter, merge_run, restore_layer_types
 from finetune.training.reopen import (
     Loading,
@@ -148,15 +147,6 @@ def test_stop_tokens_are_added_to_the_base_s_own(own: int | list[int] | None, ex
     base = GenerationConfig(eos_token_id=own, temperature=0.5)
     config = with_stop_tokens(base, [7])
     assert config.eos_token_id == expected and config.temperature == 0.5 and base.eos_token_id == own
-
-
-def test_a_chat_template_is_kept_only_if_it_is_the_run_s(base_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert chat_template_mismatch(Encoder(tokenizer, "tokenizer")) == ""
-    assert "not the run's template 'alpaca'" in chat_template_mismatch(Encoder(tokenizer, "alpaca"))
-    tokenizer.chat_template = None
-    assert chat_template_mismatch(Encoder(tokenizer, "alpaca")) == ""
 
 
 def test_a_base_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
