@@ -57,6 +57,11 @@ NARROW_SHAPES = {
         "qwen3": config_shape("qwen3", 256, 768, 2, heads=4, num_key_value_heads=2, head_dim=128),
         "gemma2": config_shape("gemma2", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128),
         "gemma3": config_shape("gemma3_text", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128),
+        "smollm3": config_shape("smollm3", 256, 704, 2, heads=4, num_key_value_heads=2, pad_token_id=0),
+        "olmo2": config_shape("olmo2", 256, 704, 2, heads=4, num_key_value_heads=4),
+        "exaone4": config_shape(
+            "exaone4", 256, 704, 2, heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 2
+        ),
         "gpt_neox": config_shape("gpt_neox", 256, 1024, 2, heads=4),
     }.items()
 }

@@ -233,8 +233,8 @@ def results_of(model_type: str, folder: Path) -> dict[str, str]:
     base = save_toy(model_type, folder / "base")
     tuned = folder / "sft"
     results = {
-        "sft": _attempt(lambda: _train("sft", base, tuned, ROWS)),
-        "dpo": _attempt(lambda: _train("dpo", base, folder / "dpo", PAIRS)),
+        "sft": _attempt(lambda: train_toy("sft", base, tuned, ROWS)),
+        "dpo": _attempt(lambda: train_toy("dpo", base, folder / "dpo", PAIRS)),
     }
     if results["sft"] == WORKS:
         results["chat"] = _attempt(lambda: _check_chat(tuned))
@@ -251,7 +251,7 @@ def _attempt(action: Callable[[], None]) -> str:
     return WORKS
 
 
-def _train(stage: str, base: Path, out: Path, rows: list[dict[str, Any]]) -> None:
+def train_toy(stage: str, base: Path, out: Path, rows: list[dict[str, Any]]) -> None:
     recipe = out.with_suffix(".yaml")
     recipe.write_text(f"stage: {stage}\ndata: {{source: rows.jsonl}}\n", encoding="utf-8")
     result = run(load_recipe(str(recipe), stage=stage, base=str(base), data=rows, out=out, settings=SETTINGS))

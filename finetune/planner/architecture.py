@@ -10,18 +10,15 @@ from finetune.recipe.errors import Problem, UserError, did_you_mean
 COMMON_DEFAULTS = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {**COMMON_DEFAULTS, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "olmo2": {**COMMON_DEFAULTS, "vocab_size": 50304, "max_position_embeddings": 2048},
     "mistral": {
         **COMMON_DEFAULTS,
-        "vocab_size": 32000,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
+        **{"vocab_size": 32000, "max_position_embeddings": 131072, "num_key_value_heads": 8},
         "sliding_window": 4096,
     },
     "qwen2": {
         **COMMON_DEFAULTS,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
+        **{"vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
         **{"sliding_window": 4096, "max_window_layers": 28},
     },
     "qwen3": {
@@ -43,6 +40,15 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": None},
         "sliding_window": 4096,
     },
+    "smollm3": {
+        **COMMON_DEFAULTS,
+        **{"vocab_size": 128256, "max_position_embeddings": 32768, "num_key_value_heads": 4},
+        **{"tie_word_embeddings": True, "sliding_window": None, "max_window_layers": 28},
+    },
+    "exaone4": {
+        **{**COMMON_DEFAULTS, "vocab_size": 102400, "max_position_embeddings": 2048},
+        **{"num_key_value_heads": 32, "sliding_window": 4096},
+    },
     "gpt_neox": {
         **COMMON_DEFAULTS,
         **{"attention_bias": True, "mlp_bias": True, "vocab_size": 50432, "max_position_embeddings": 2048},
@@ -50,8 +56,8 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults of transformers' configuration classes for keys that a config.json may omit."""
-VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
-VISION_DEFAULTS |= {"image_size": 224, "patch_size": 16}
+VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 16}
 """Defaults of the vision tower (SigLIP)."""
 SLIDING_ATTENTION = "sliding_attention"
 """The name of a layer with a sliding window, in ``layer_types`` of a config."""
@@ -133,8 +139,11 @@ class Architecture:
         gated: act(gate x) * (up x) in place of act(up x).
         fused_qkv: queries, keys and values in one layer.
         layer_norm: norms have a mean and a bias (LayerNorm), else neither (RMSNorm).
-        post_norms: norms after attention and feed-forward block too.
+        pre_norms: norms before attention and feed-forward block.
+        post_norms: norms after them.
         query_key_norm: queries and keys have a norm.
+        wide_query_key_norm: it is over all heads, else over each.
+        float32_gains: norms multiply by their gains in float32.
         parallel_residual: attention and feed-forward block read the same state.
         softcap: whether logits are capped by a tanh.
         eager: whether attention needs the eager implementation (softcapped attention scores).
@@ -159,8 +168,11 @@ class Architecture:
     gated: bool = True
     fused_qkv: bool = False
     layer_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     query_key_norm: bool = False
+    wide_query_key_norm: bool = False
+    float32_gains: bool = False
     parallel_residual: bool = False
     softcap: bool = False
     eager: bool = False
@@ -249,12 +261,16 @@ class Architecture:
     def norms(self) -> tuple[NormShape, ...]:
         """Return the norms of the decoder, then those of the vision tower."""
         num_layers, bias = self.num_layers, self.layer_norm
-        names = ["input_layernorm", "post_attention_layernorm"]
-        if self.post_norms:
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        names = ["input_layernorm"] if self.pre_norms else []
+        names += ["post_attention_layernorm"]
+        names += ["pre_feedforward_layernorm"] if self.pre_norms and self.post_norms else []
+        names += ["post_feedforward_layernorm"] if self.post_norms else []
         norms = [NormShape(name, self.hidden_size, bias, num_layers) for name in names]
         if self.query_key_norm:
-            norms += [NormShape(name, self.head_dim, bias, num_layers) for name in ("q_norm", "k_norm")]
+            wide = self.wide_query_key_norm
+            widths = (self.query_width, self.kv_width) if wide else (self.head_dim, self.head_dim)
+            named = zip(("q_norm", "k_norm"), widths, strict=True)
+            norms += [NormShape(name, width, bias, num_layers) for name, width in named]
         norms.append(NormShape("final_layer_norm" if self.fused_qkv else "norm", self.hidden_size, bias, 1))
         return (*norms, *(_vision_norms(self.vision) if self.vision else ()))
 
@@ -289,8 +305,11 @@ def _decoder_architecture(family: str, values: ConfigValues) -> Architecture:
         gated=not neox,
         fused_qkv=neox,
         layer_norm=neox,
-        post_norms=gemma,
-        query_key_norm=family in ("qwen3", "gemma3_text"),
+        pre_norms=family not in ("olmo2", "exaone4"),
+        post_norms=gemma or family in ("olmo2", "exaone4"),
+        query_key_norm=family in ("qwen3", "gemma3_text", "olmo2", "exaone4"),
+        wide_query_key_norm=family == "olmo2",
+        float32_gains=gemma or family == "olmo2",
         parallel_residual=neox and values.flag("use_parallel_residual"),
         softcap=gemma and values.optional_number("final_logit_softcapping") is not None,
         # Gemma 2 caps the attention scores, which fused kernels do not support.
@@ -306,20 +325,22 @@ def _sliding_window(family: str, values: ConfigValues) -> tuple[int, int]:
     # Read in any case, so that an invalid value is reported. Mistral's null disables the window.
     window = values.optional_size("sliding_window")
     layer_types = values.layer_types(layers)
-    if family in ("qwen2", "qwen3") and not values.flag("use_sliding_window"):
+    optional = family in ("qwen2", "qwen3", "smollm3")
+    if optional and not values.flag("use_sliding_window"):
         return 0, 0
-    if not window or family in ("llama", "gpt_neox"):
+    if not window or family in ("llama", "gpt_neox", "olmo2"):
         return 0, 0
     if layer_types is not None:
         return window, layer_types.count(SLIDING_ATTENTION)
-    if family in ("qwen2", "qwen3"):
+    if optional:
         # The first max_window_layers attend to everything.
         return window, max(0, layers - values.size("max_window_layers", minimum=0))
     if family.startswith("gemma"):
         # Gemma 2 alternates; in Gemma 3 one layer of six attends to everything.
         period = 2 if family == "gemma2" else values.optional_size("sliding_window_pattern") or 6
         return window, layers - layers // period
-    return window, layers
+    # In EXAONE 4 one layer of four attends to everything.
+    return window, layers - layers // 4 if family == "exaone4" else layers
 
 
 def _multimodal_architecture(config: Mapping[str, Any]) -> Architecture:

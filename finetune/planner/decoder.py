@@ -156,7 +156,7 @@ class Decoder:
 
     def layer(self, states: Tensor) -> Tensor:
         model, tape = self.model, self.tape
-        normed = self.norm(states, model.hidden_size)
+        normed = self.pre_norm(states)
         attention_output = self.attention(normed)
         tape.release(normed)
         if model.post_norms:
@@ -164,7 +164,7 @@ class Decoder:
         # GPT-NeoX: attention and feed-forward block read the same input, and both outputs are added at the
         # end.
         residual = states if model.parallel_residual else self.linears.add(states, attention_output)
-        normed = self.norm(residual, model.hidden_size)
+        normed = self.pre_norm(residual)
         mlp_output = self.feed_forward(normed)
         if self.adapter.method == "bottleneck" and self.adapter.placement == "parallel":
             mlp_output = self.add_bottleneck(mlp_output, normed)
@@ -180,6 +180,13 @@ class Decoder:
             tape.release(residual)
         tape.release(attention_output, mlp_output)
         return output
+
+    def pre_norm(self, states: Tensor) -> Tensor:
+        """Return the input of a block: a norm's output, or in OLMo 2 and EXAONE 4 the states themselves."""
+        if self.model.pre_norms:
+            return self.norm(states, self.model.hidden_size)
+        self.tape.retain(states)
+        return states
 
     def post_norm(self, states: Tensor) -> Tensor:
         """Return the post-norm of a block's output, which is consumed."""
@@ -212,7 +219,7 @@ class Decoder:
             [states_fp32, scale], states_fp32.numel, 4, saved_for_backward=[states_fp32, scale]
         )
         tape.release(states_fp32, scale)
-        if self.model.post_norms:  # Gemma multiplies by the gains in float32, and casts the product
+        if self.model.float32_gains:  # Gemma and OLMo 2 multiply in float32, and cast the product
             output = self.scale_by_gains(scaled, gains)
             tape.release(scaled)
             return self.cast(output, states.itemsize)
@@ -293,7 +300,9 @@ class Decoder:
     def norm_and_rotate(self, states: Tensor) -> Tensor:
         """Return queries or keys after their norm and rotary embedding; ``states`` is consumed."""
         if self.model.query_key_norm:
-            normed = self.norm(states, self.model.head_dim)
+            wide = self.model.wide_query_key_norm
+            width = states.numel // self.workload.tokens if wide else self.model.head_dim
+            normed = self.norm(states, width)
             self.tape.release(states)
             states = normed
         rotated = self.apply_rope(states, states.numel // self.workload.tokens)

@@ -19,6 +19,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 32},
+    "smollm3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "olmo2": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "exaone4": {"num_key_value_heads": 2},
     "gpt_neox": {},
 }
 CASES: list[tuple[dict[str, Any], Adapter]] = [
@@ -71,7 +74,10 @@ CASES: list[tuple[dict[str, Any], Adapter]] = [
     ),
     ({"method": "trainable_tokens", "tokens": [3, 4, 7]}, Adapter("trainable_tokens", tokens=3)),
 ]
-NOT_ON = {"bitfit": {"llama", "qwen3", "gemma3_text"}, "llama_adapter": {"qwen3", "gemma3_text", "gpt_neox"}}
+NOT_ON = {
+    "bitfit": set(FAMILIES) - {"gpt_neox"},
+    "llama_adapter": {"qwen3", "gemma3_text", "gpt_neox", "smollm3", "olmo2", "exaone4"},
+}
 BUILT_ELSEWHERE = {"loftq"}  # LoRA's shapes; building it reads the base's files
 
 
