@@ -123,9 +123,11 @@ def load_reward(directory: "str | Path | Result") -> "RewardModel":
 
 
 def _find_finished_run(name: "str | Path | Result") -> Path:
-    if not isinstance(name, str | Path):
-        name = name.directory
-    return find_run(str(name), where="run", recipes=False)[0]
+    return find_run(_run_name(name), where="run", recipes=False)[0]
+
+
+def _run_name(name: "str | Path | Result") -> str:
+    return str(name if isinstance(name, str | Path) else name.directory)
 
 
 @for_python
@@ -212,7 +214,7 @@ def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
 
 @for_python
 def generate(
-    model: str | Path,
+    model: "str | Path | Result",
     rows: "Data",
     *,
     choices: Sequence[str] | None = None,
@@ -228,7 +230,7 @@ def generate(
     """Generate a completion, or choose a label, for every row, as ``llm-align generate`` does.
 
     Args:
-        model: a finished run (its directory, its name in ./runs, or a prefix), or a base.
+        model: a finished run (its result, its directory, its name in ./runs, or a prefix), or a base.
         rows: a file, a folder, a Hub id, or rows as in ``load_recipe``; each needs a prompt only.
         choices: labels to choose from, by their likelihood as replies. None: completions, also of a run
             that was trained on labels.
@@ -252,7 +254,7 @@ def generate(
 
     settings = GenerateSettings(choices, max_new_tokens, temperature, seed, limit)
     return generate_file.generate_rows(
-        ModelSource.of(str(model), template=template),
+        ModelSource.of(_run_name(model), template=template),
         from_python(rows),
         settings,
         columns=columns,

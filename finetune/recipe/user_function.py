@@ -26,6 +26,9 @@ from finetune.recipe.user_state import UserState, import_first, user_code
 
 FUNCTION_FORMAT = "path/to/file.py:function"
 NUMBER_FORMAT = "a finite number, or true or false"
+CONVERSATIONS_REPAIR = (
+    "completions are texts if the rows are texts, and lists of messages if the rows are messages, as in TRL"
+)
 MAX_SHOWN_CHARACTERS = 80
 """Characters of prompt and completion shown in the error of a function that failed on them."""
 MAX_ERROR_CHARACTERS = 300
@@ -206,7 +209,8 @@ def call_for_grades(call: Callable[[], Any], count: int, *, where: str) -> list[
     except KeyboardInterrupt:  # the user's second Ctrl-C
         raise
     except BaseException as error:  # the function is the user's and may raise anything, also SystemExit
-        raise UserFunctionError(Problem(where, describe_error(error), expected)) from error
+        repair = CONVERSATIONS_REPAIR if isinstance(error, TypeError) else ""
+        raise UserFunctionError(Problem(where, describe_error(error), expected, repair)) from error
     if values is None or len(values) != count:
         actual = f"it returned {'no list' if values is None else f'{len(values)} values'}"
         raise UserFunctionError(Problem(where, actual, expected))

@@ -190,6 +190,16 @@ def test_equal_rewards_in_every_group_are_a_run_that_learned_nothing(tune, stage
     assert "every gradient was 0" in str(error.value) and "rewards that differ" in str(error.value)
     entries = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [entry["objective/frac_reward_zero_std"] for entry in entries] == [1.0, 1.0, 1.0]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    [check] = [check for check in record["preflight"] if check["name"] == "equal rewards"]
+    assert check["warned"] and "have reward 1 (same)" in check["detail"]
+    assert "(same)" in next(
+        found["evidence"] for found in record["diagnostics"] if found["name"] == "rewards"
+    )
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert {entry["step"] for entry in rollouts} == {1, 2, 3} and {entry["reward"] for entry in rollouts} == {
+        1
+    }
 
 
 @both

@@ -178,6 +178,8 @@ def test_pain_06_ppo_resumes_bit_for_bit_from_any_step(
         with pytest.raises(Interrupted):
             reinforce("cut", **STATEFUL_SETTINGS)
     resumed = reinforce("cut", **STATEFUL_SETTINGS)
+    rollouts = [result.directory / "rollouts.jsonl" for result in (uninterrupted, resumed)]
+    assert rollouts[0].read_text() == rollouts[1].read_text(), "each rollout once"
     assert resumed.record["files"] == uninterrupted.record["files"]
     compared = {"step", *BY_STEP, *BY_ROLLOUT} - {"time/generation"}
     for expected, actual in zip(uninterrupted.metrics, resumed.metrics, strict=True):

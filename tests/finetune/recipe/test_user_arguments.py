@@ -172,5 +172,11 @@ def test_a_batch_must_return_a_number_for_each_completion(value: Any, message: s
     assert message in str(error.value) and "a list of 2 numbers, one per completion" in str(error.value)
 
 
+def test_a_function_for_conversations_says_what_texts_are() -> None:
+    function = RowFunction(lambda completions: [completion[0]["content"] for completion in completions])
+    with pytest.raises(UserFunctionError, match="lists of messages if the rows are messages"):
+        call_for_numbers(lambda: function.call_batch([row()]), 1, where="here")
+
+
 def test_none_in_a_batch_counts_as_0() -> None:
     assert call_for_numbers(lambda: [None, True], 2, where="here") == [0.0, 1.0]
