@@ -35,7 +35,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import prepare_terminal
 from finetune.training import auto_values
-from finetune.training.result import Result
+from finetune.training.result import Callbacks, Result, RunOptions
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stage import run_stage
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from finetune.training.stage import Callbacks, RunOptions
 
 SHUTDOWN_TIMEOUT = 600
 """Seconds that the workers have after a signal to finish the current step and write its checkpoint."""
@@ -59,7 +58,7 @@ def launch_stage(
     force: bool = False,
     accept_changed_code: bool = False,
     command: str = "",
-    callbacks: "Callbacks" = (),
+    callbacks: Callbacks = (),
 ) -> Result:
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
@@ -98,7 +97,7 @@ def launch_stage(
     return run_stage(recipe, console, force=force, **options)
 
 
-def _refuse_python_objects(recipe: Recipe, callbacks: "Callbacks", num_processes: int) -> None:
+def _refuse_python_objects(recipe: Recipe, callbacks: Callbacks, num_processes: int) -> None:
     """Raise UserError for functions and callbacks given in Python, which other processes cannot get."""
     if callbacks:
         expected = "1 for callbacks given in Python"

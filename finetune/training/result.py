@@ -1,14 +1,27 @@
-"""The result of a run: its files as Python objects."""
+"""How a run is started from Python, and its result: its files as Python objects."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from finetune.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+
+Callbacks = Sequence["TrainerCallback | type[TrainerCallback]"]
+"""A user's callbacks of the trainer: objects or classes."""
+
+
+class RunOptions(TypedDict):
+    """How a run is started, besides its recipe."""
+
+    accept_changed_code: bool
+    command: str
+    callbacks: Callbacks
 
 
 @dataclass(frozen=True)

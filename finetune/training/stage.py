@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
@@ -12,12 +12,12 @@ from finetune.recipe.recipe import Recipe
 from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.result import Result
+from finetune.training.result import Callbacks, Result
 from finetune.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from data_templates.segments import Message
     from finetune.data.conversation import Conversation
@@ -27,18 +27,6 @@ if TYPE_CHECKING:
     from finetune.training.generation import Completion
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.model import Policy, TextEncoding
-
-
-Callbacks = Sequence["TrainerCallback | type[TrainerCallback]"]
-"""A user's callbacks of the trainer: objects or classes."""
-
-
-class RunOptions(TypedDict):
-    """How a run is started, besides its recipe."""
-
-    accept_changed_code: bool
-    command: str
-    callbacks: Callbacks
 
 
 class HeldOutRows(Sized, Protocol):
@@ -181,7 +169,7 @@ def run_stage(
     force: bool = False,
     accept_changed_code: bool = False,
     command: str = "",
-    callbacks: "Callbacks" = (),
+    callbacks: Callbacks = (),
 ) -> Result:
     """Run a recipe's stage in this process; a finished run is returned at once.
 
