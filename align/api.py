@@ -160,12 +160,14 @@ def run(
         LostProcessError: one of the run's processes died.
     """
     silence_libraries()
-    from align.required_runs import resolve_required_runs
-    from finetune.recipe.console import Terminal
-    from finetune.training.launch import launch_stage
+    from finetune.recipe.console import Terminal, working
 
     console = Terminal()
-    with one_run(f"{recipe.stage} {recipe.name}"):
+    with one_run(f"{recipe.stage} {recipe.name}"), working(console, "preparing the run"):
+        # The imports take seconds.
+        from align.required_runs import resolve_required_runs
+        from finetune.training.launch import launch_stage
+
         return launch_stage(
             resolve_required_runs(recipe, console),
             console,

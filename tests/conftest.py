@@ -96,6 +96,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_lines_of_slow_machines() -> None:
+    """On a busy machine a command would say what it is doing, between the lines that tests compare."""
+    from finetune.recipe import console
+
+    console.SILENCE = 3600.0
+
+
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an Alpaca file of 48 little sums, of different lengths."""

@@ -131,7 +131,7 @@ def show(selected: RecipeArguments, as_json: bool, schema: bool) -> None:
 def data(selected: RecipeArguments, rows: int, as_json: bool, html: Path | None) -> None:
     """Preview the tokenized data: rows with loss mask, lengths, truncation, mixture, number of steps."""
     from align.cli.data_terminal import print_header, print_preview
-    from finetune.recipe.console import Terminal
+    from finetune.recipe.console import Terminal, error_terminal, working
     from finetune.recipe.hub import check_hub
 
     recipe = selected.load()
@@ -140,9 +140,10 @@ def data(selected: RecipeArguments, rows: int, as_json: bool, html: Path | None)
         print_header(recipe, console)
     silence_libraries()
     check_hub(recipe.settings)  # before torch is imported
-    from align.cli.data_preview import preview, write_page
+    with working(error_terminal() if as_json else console, "reading and tokenizing the rows"):
+        from align.cli.data_preview import preview, write_page
 
-    preview_data = preview(recipe, rows=rows)
+        preview_data = preview(recipe, rows=rows)
     if html is not None:
         write_page(preview_data, html)
     if as_json:
@@ -192,9 +193,12 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains a new adapter on it."""
     silence_libraries()
-    from finetune.training.merge import merge_run
+    from finetune.recipe.console import error_terminal, working
 
-    merged = merge_run(directory, report=lambda result: echo(result.line()))
+    with working(error_terminal(), "merging"):
+        from finetune.training.merge import merge_run
+
+        merged = merge_run(directory, report=lambda result: echo(result.line()))
     echo(f"merged   {merged}")
     echo(f"next     llm-align sft --base {merged if is_peft_folder(directory) else directory}")
 

@@ -75,11 +75,12 @@ def _print_plan(
     from align.planner.plan import make_plan
     from align.planner.target_device import resolve_for_device, target_device
     from align.planner.terminal import print_alternatives, print_plan
-    from finetune.recipe.console import Terminal
+    from finetune.recipe.console import Terminal, error_terminal, working
 
     device, count = target_device(recipe.settings.train, gpu, gpus)
-    recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
-    alternatives = find_alternatives(recipe_plan, count) if fit else None
+    with working(error_terminal(), "planning"):
+        recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
+        alternatives = find_alternatives(recipe_plan, count) if fit else None
     if as_json:
         echo_json(plan_record(recipe_plan, alternatives))
         return recipe_plan.fits

@@ -12,7 +12,7 @@ from rich.table import Table
 from data_templates.segments import Message, TemplateError
 from finetune.evaluation.classification import Classification
 from finetune.evaluation.classification_tables import classification_summary, classification_tables
-from finetune.recipe.console import Terminal
+from finetune.recipe.console import Terminal, error_terminal, working
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.terminal import echo, echo_json
 from finetune.recipe.visible_text import visible
@@ -76,9 +76,12 @@ def generate_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: f
     Raises:
         UserError: not the folder of a finished run.
     """
-    from finetune.training.loaded_model import load_finished_run
+    with working(error_terminal(), "loading the model"):
+        from finetune.training.loaded_model import load_finished_run
 
-    return load_finished_run(run).reply(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+        loaded = load_finished_run(run)
+    with working(error_terminal(), "generating the reply"):
+        return loaded.reply(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
@@ -87,9 +90,10 @@ def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
     Raises:
         UserError: not the folder of a finished run.
     """
-    from finetune.training.loaded_model import load_finished_run
+    with working(error_terminal(), "loading the model"):
+        from finetune.training.loaded_model import load_finished_run
 
-    loaded = load_finished_run(run)
+        loaded = load_finished_run(run)
     echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
     history: list[Message] = []
     for question in _read_questions():

@@ -3,6 +3,9 @@
 What a command does when nobody reads its output any more is decided here too.
 """
 
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -24,6 +27,10 @@ from finetune.recipe.python_messages import reader_words
 from finetune.recipe.terminal import discard
 from finetune.recipe.visible_text import visible
 
+SILENCE, LONGEST_SILENCE = 4.0, 30.0
+"""Seconds without a line after which a command says what it is doing: the first time, and at most later."""
+POLL = 0.5
+
 
 class Terminal(Console):
     """A console that shows the unprintable characters of every text as escapes; styles are added after that.
@@ -33,6 +40,8 @@ class Terminal(Console):
 
     Attributes:
         on_lost: called once when the output is lost; None: an error is raised.
+        last_printed: when a text was printed last, by the monotonic clock.
+        activities: what is going on, the innermost last.
     """
 
     def __init__(self, *, quiet: bool = False, file: IO[str] | None = None) -> None:
@@ -40,6 +49,8 @@ class Terminal(Console):
         # No emoji codes: ":heart:" in a text is that text.
         super().__init__(quiet=quiet, file=file, emoji=False)
         self.on_lost: Callable[[], None] | None = None
+        self.last_printed = time.monotonic()
+        self.activities: list[object] = []
 
     def print(self, *objects: Any, **kwargs: Any) -> None:
         """Print as rich's console does.
@@ -48,6 +59,7 @@ class Terminal(Console):
             BrokenPipeError: nobody reads the output.
             StorageError: the output is a file on a full disk.
         """
+        self.last_printed = time.monotonic()
         try:
             super().print(
                 *(reader_words(text) if isinstance(text, str) else text for text in objects), **kwargs
@@ -114,3 +126,46 @@ def when_lost(console: Console, on_lost: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         console.on_lost = None
+
+
+@contextmanager
+def working(console: Console, text: str) -> Iterator[None]:
+    """Print what goes on inside the block, with its seconds, whenever nothing was printed for a while.
+
+    Inside another such block this one alone prints.
+
+    Args:
+        console: a Terminal; nothing is printed on another console, or on a quiet one.
+        text: what goes on; "" prints nothing.
+    """
+    if not isinstance(console, Terminal) or console.quiet:
+        yield
+        return
+    done, activity = threading.Event(), object()
+    console.activities.append(activity)
+    thread = threading.Thread(target=_tell, args=(console, text, done, activity), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        console.activities.remove(activity)
+        thread.join()
+
+
+def _tell(console: Terminal, text: str, done: threading.Event, activity: object) -> None:
+    started, silence = time.monotonic(), SILENCE
+    while not done.wait(POLL):
+        now = time.monotonic()
+        if not text or console.activities[-1] is not activity or now - console.last_printed < silence:
+            continue
+        try:
+            console.print(f"  {text}: {now - started:.0f} s", highlight=False, markup=False)
+        except OSError:  # the output is lost, which the command's own next line reports
+            return
+        silence = min(2 * silence, LONGEST_SILENCE)
+
+
+def error_terminal() -> Terminal:
+    """Return a console on standard error, for commands whose output is a reply or a record."""
+    return Terminal(file=sys.stderr)

@@ -26,7 +26,7 @@ from finetune.distributed.interrupts import (
     catch_signals,
 )
 from finetune.distributed.rank import DistInfo, dist_info
-from finetune.recipe.console import when_lost
+from finetune.recipe.console import when_lost, working
 from finetune.recipe.disk import StorageError, writing_inside
 from finetune.recipe.errors import UserError, UserFunctionError
 from finetune.recipe.limits import limit_keys
@@ -58,6 +58,19 @@ RECORDED_PACKAGES = (
 @cache  # reading a package's metadata takes milliseconds, and a run does so four times
 def _version(package: str) -> str:
     return version(package)
+
+
+PHASES = {
+    "load": "loading the model",
+    "data": "reading and tokenizing the rows",
+    "preflight": "checking rows and model",
+    "reference": "computing the reference's log-probabilities",
+    "samples": "generating completions",
+    "drawing": "sampling completions",
+    "held_out": "evaluating the held-out rows",
+    "train": "training",
+}
+"""What a phase does, for a line in a long silence."""
 
 
 @dataclass
@@ -147,10 +160,13 @@ class RunContext(Generic[SettingsT]):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the block's wall time to the record, under the phase's name."""
+        """Add the block's wall time to the record, and say what goes on if it takes long."""
         start = time.monotonic()
+        # A terminal has a progress bar for the steps.
+        text = "" if phase == "train" and self.console.is_terminal else PHASES.get(phase, "")
         try:
-            yield
+            with working(self.console, text):
+                yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 

@@ -20,6 +20,7 @@ from finetune.data.tokens import Encoder
 from finetune.distributed import collectives, sharding
 from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.library_internals import checkpoint_state_dict
+from finetune.recipe.console import working
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.context import RunContext
 from finetune.training.inference_files import save_inference_files
@@ -55,7 +56,8 @@ def save_policy(
         UserError: the saved weights differ from the trained ones.
     """
     if ctx.run.is_writer:
-        saved = _save(ctx, text.encoder, policy, probe_rows)
+        with working(ctx.console, "saving, and reading back what was saved"):
+            saved = _save(ctx, text.encoder, policy, probe_rows)
     else:  # the other ranks only take part in the gathers, and wait for rank 0
         _writer(policy.model)(policy.model, Path(_saved_name(policy.model)), main=False)
         saved = None
