@@ -85,10 +85,11 @@ class OutputFile:
         """
         content = self.partial.read_bytes() if self.partial.is_file() else b""
         complete = content[: content.rfind(b"\n") + 1]
-        if not complete:
+        facts, *results = map(json.loads, complete.splitlines() or [b"{}"])
+        # Without a result there is nothing to lose: the earlier command failed before its first rows.
+        if not results:
             self._append([self.facts], mode="wb")
             return []
-        facts, *results = map(json.loads, complete.splitlines())
         self._check_facts(facts)
         if len(complete) < len(content):
             os.truncate(self.partial, len(complete))

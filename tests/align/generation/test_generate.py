@@ -15,7 +15,7 @@ from align import generate, load_recipe, run
 from align.cli import main
 from align.generation import answers, generate_file
 from finetune.recipe.errors import UserError
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 LABELS = ("card", "card lost", "배송")
 """One is a prefix of another; one is Korean; their tokens are not of equal number."""

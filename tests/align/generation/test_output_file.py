@@ -37,6 +37,14 @@ def test_a_kill_before_the_first_line_is_complete(tmp_path: Path) -> None:
     assert output(tmp_path).results() == RESULTS
 
 
+def test_a_command_that_failed_before_its_first_rows_does_not_block_another(tmp_path: Path) -> None:
+    assert output(tmp_path).results() == []
+    other = output(tmp_path, choices=["a", "c"])
+    assert other.results() == []
+    other.append(RESULTS)
+    assert output(tmp_path, choices=["a", "c"]).results() == RESULTS
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\r", "\x0b", "\x1c"])
 def test_line_separators_in_texts_are_no_ends_of_lines(tmp_path: Path, separator: str) -> None:
     file = output(tmp_path)
