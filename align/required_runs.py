@@ -25,6 +25,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import FINISHED, RUNS_FOLDER, find_run
+from finetune.recipe.terminal import command_line
 from finetune.recipe.user_arguments import load_graders
 from finetune.training.launch import launch_stage
 from finetune.training.run_directory import RunDirectory
@@ -175,7 +176,7 @@ def _finished_run_of(reference: str, recipe: Recipe, console: Console, verb: str
     else:
         _print_plain(console, f"{verb} {reference}, which has no finished run; running it first ({run.path})")
         _check_launcher(reference, recipe)
-        launch_stage(required, console, command=f"llm-align {verb_of(stage)} {name}")
+        launch_stage(required, console, command=command_line(verb_of(stage), name))
         _print_plain(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
     return run.path
 

@@ -28,7 +28,7 @@ from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
 from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override, resolve_name
 from finetune.recipe.runs import find_run
 from finetune.recipe.settings import StageSettings
-from finetune.recipe.terminal import echo
+from finetune.recipe.terminal import command_line, echo
 
 Command = Callable[..., None]
 METAVAR = "[RECIPE] [SECTION.KEY=VALUE]..."
@@ -90,8 +90,8 @@ class RecipeArguments:
         """Return the command line that runs the recipe, with further arguments."""
         stage, name = self.resolve_stage()
         words = [name if is_recipe_word(word) else word for word in self.words]
-        options = [f"{flag} {shlex.quote(value)}" for flag, value in self.options.items()]
-        return " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *options, *further])
+        options = [word for option in self.options.items() for word in option]
+        return command_line(verb_of(stage), *words, *options, *further)
 
 
 OPTIONS = {

@@ -25,9 +25,8 @@ from finetune import __version__
 from finetune.recipe.errors import CheckFailedError, UserError
 from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.silence import silence_libraries
-from finetune.recipe.terminal import echo, echo_json, prepare_terminal
+from finetune.recipe.terminal import PROGRAM, command_line, echo, echo_json, prepare_terminal
 
-PROGRAM = "llm-align"
 SHOW_EPILOG = """\b
 Examples:
   llm-align show alpaca
@@ -71,7 +70,7 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
-        fail("interrupted. Run the same command to resume from the last checkpoint", INTERRUPTED)
+        fail("interrupted. The same command goes on from the last checkpoint, if there is one", INTERRUPTED)
 
 
 def _fail_with_problems(error: UserError) -> NoReturn:
@@ -200,7 +199,8 @@ def merge(directory: Path) -> None:
 
         merged = merge_run(directory, report=lambda result: echo(result.line()))
     echo(f"merged   {merged}")
-    echo(f"next     llm-align sft --base {merged if is_peft_folder(directory) else directory}")
+    base = merged if is_peft_folder(directory) else directory
+    echo(f"next     {command_line('sft', '--base', base)}")
 
 
 add_stage_commands(cli)

@@ -14,7 +14,7 @@ from finetune.evaluation.classification import Classification
 from finetune.evaluation.classification_tables import classification_summary, classification_tables
 from finetune.recipe.console import Terminal, error_terminal, working
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.terminal import echo, echo_json
+from finetune.recipe.terminal import command_line, echo, echo_json
 from finetune.recipe.visible_text import visible
 from finetune.training.result import Result
 
@@ -38,10 +38,10 @@ def print_summary(result: Result) -> None:
         soft_wrap=True,
     )
     is_reward_model = "heads" in result.record["reload"]
-    next_command = f"score {folder} FILE.jsonl" if is_reward_model else f"chat {folder}"
+    words: tuple[object, ...] = ("score", folder, "FILE.jsonl") if is_reward_model else ("chat", folder)
     if "classification" in result.record:
-        next_command = f"generate {folder} FILE --out LABELED.csv"
-    console.print(f"next     [bold]llm-align {escape(next_command)}[/]", highlight=False, soft_wrap=True)
+        words = ("generate", folder, "FILE", "--out", "LABELED.csv")
+    console.print(f"next     [bold]{escape(command_line(*words))}[/]", highlight=False, soft_wrap=True)
 
 
 def print_classification(metrics: Classification, console: Console) -> None:

@@ -18,6 +18,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.renamed import STAGES, renamed_verb
 from finetune.recipe.runs import FINISHED
+from finetune.recipe.terminal import typed_command
 from finetune.training.run_directory import REPLACED
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
 
 
 def _run_stage(recipe: Recipe, *, force: bool, accept_changed_code: bool) -> None:
-    command = "llm-align " + " ".join(sys.argv[1:])
+    command = typed_command(sys.argv[1:])
     with exit_on_stop():
         result = run(recipe, force=force, accept_changed_code=accept_changed_code, command=command)
     from align.cli.runs import print_summary
@@ -184,6 +185,6 @@ def run_command(
             pipeline,
             force=force,
             accept_changed_code=accept_changed_code,
-            command="llm-align " + " ".join(sys.argv[1:]),
+            command=typed_command(sys.argv[1:]),
         )
     print_pipeline_result(result)

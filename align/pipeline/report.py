@@ -21,6 +21,7 @@ from align.pipeline.plan import Pipeline
 from finetune.recipe import yaml_file
 from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import plugin_summary, stage_names
+from finetune.recipe.terminal import command_line
 from finetune.recipe.visible_text import visible, visible_value
 from finetune.training.result import Result
 
@@ -154,10 +155,11 @@ def print_pipeline_result(result: PipelineResult) -> None:
     total = sum(stage["seconds"] for stage in result.record["stages"].values())
     console.print(f"total time: {format_duration(total)}", highlight=False)
     last = result.last.directory
-    next_command = f"score {last} FILE.jsonl" if "heads" in result.last.record["reload"] else f"chat {last}"
+    is_reward_model = "heads" in result.last.record["reload"]
+    next_command = command_line(*(("score", last, "FILE.jsonl") if is_reward_model else ("chat", last)))
     paths = f"result   {result.last.adapter}\nreport   {result.directory / REPORT_FILE}"
     console.print(
-        f"{escape(paths)}\nnext     [bold]llm-align {escape(next_command)}[/]",
+        f"{escape(paths)}\nnext     [bold]{escape(next_command)}[/]",
         highlight=False,
         soft_wrap=True,
     )

@@ -27,6 +27,7 @@ from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings
+from finetune.recipe.terminal import command_line
 from finetune.training.auto_values import TOKENS_PER_FORWARD
 from finetune.training.samples import completion_row
 
@@ -175,7 +176,9 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
     if "heads" not in saved:
         actual, expected = f"a run of stage {record['stage']}", "a run of stage reward"
         raise UserError(
-            Problem(str(run), actual, expected, f"`llm-align chat {run}` for a model that generates text")
+            Problem(
+                str(run), actual, expected, f"`{command_line('chat', run)}` for a model that generates text"
+            )
         )
     rules = load_rules(run, [RuleSettings(**rule) for rule in saved["rules"]])
     model = _load_model(run, saved, base)

@@ -1,6 +1,7 @@
 """Short names of base models, from ``recipes/bases.yaml``."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from finetune.recipe import yaml_file
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.peft_folder import is_peft_folder
+from finetune.recipe.terminal import command_line
 
 BASES = PROJECT / "recipes" / "bases.yaml"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,10 +53,18 @@ def resolve_base(base: str) -> str:
     return name
 
 
+RUNS_FOLDER, RUN_FILE = Path("runs"), "run.json"
+
+
 def _unknown_base_problem(base: str, table: dict[str, Base]) -> Problem:
     if base in table:
         actual = f"'{base}' is the folder {table[base].id}, which does not exist"
         return Problem("model.base", actual, "the folder shipped with llm-align", "reinstall llm-align")
+    if (RUNS_FOLDER / base / RUN_FILE).is_file():
+        folder = RUNS_FOLDER / base
+        further = f"--from {shlex.quote(base)} continues from it"
+        expected = f"a model; {folder} works as one if it has model/ or merged/"
+        return Problem("model.base", f"'{base}' is a run", expected, further)
     actual = f"'{base}' is not a folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
     examples = ", ".join(list(table)[:3])
     expected = f"a short name ({examples}, ...), a Hub id (owner/name), or a folder with config.json"
@@ -63,7 +73,7 @@ def _unknown_base_problem(base: str, table: dict[str, Base]) -> Problem:
 
 
 def _check_model_folder(folder: Path) -> Path:
-    if (folder / "run.json").is_file():
+    if (folder / RUN_FILE).is_file():
         return _model_of_run(folder)
     if not (folder / "config.json").is_file():
         actual = f"folder '{folder}' has no config.json"
@@ -94,16 +104,18 @@ def _model_of_run(run: Path) -> Path:
     expected = "a run with a model: model/ (after full tuning) or merged/"
     if (run / "adapter").is_dir():
         actual = f"run '{run}' has an adapter, but no merged model"
-        raise UserError(Problem("model.base", actual, expected, f"llm-align merge {run}"))
-    raise UserError(Problem("model.base", f"run '{run}' has no model yet", expected, "finish the run first"))
+        further = f"`--from {shlex.quote(str(run))}` trains its adapter further"
+        repair = f"{further}; `{command_line('merge', run)}` makes a base of it"
+        raise UserError(Problem("model.base", actual, expected, repair))
+    repair = f"`--from {shlex.quote(str(run))}` continues from its last checkpoint"
+    raise UserError(Problem("model.base", f"run '{run}' has no model yet", expected, repair))
 
 
 def _adapter_hint(folder: Path) -> str:
     if is_peft_folder(folder):
-        return (
-            f"it is an adapter: --from {folder} trains it further, `llm-align merge {folder}` makes a model"
-        )
+        further = f"--from {shlex.quote(str(folder))} trains it further"
+        return f"it is an adapter: {further}, `{command_line('merge', folder)}` makes a model"
     if (folder / ADAPTER_CONFIG).is_file():
-        return f"it is an adapter: merge it first (llm-align merge {folder.parent})"
+        return f"it is an adapter: merge it first ({command_line('merge', folder.parent)})"
     children = sorted(child.parent.name for child in folder.glob("*/config.json"))
     return f"did you mean '{folder / children[0]}'?" if children else ""

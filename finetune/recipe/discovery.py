@@ -12,6 +12,7 @@ from finetune.adapters.traits import Traits
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.renamed import renamed_stage
 from finetune.recipe.settings import AdapterSettings
+from finetune.recipe.terminal import command_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
@@ -165,7 +166,7 @@ def find_recipe(stage: str, name: str) -> Path:
 def _suggest_recipe(name: str, known: dict[str, Path]) -> str:
     stages = [stage for stage in stage_names() if name in recipe_names(stage)]
     if stages:
-        return f"stage {stages[0]} has one: llm-align {verb_of(stages[0])} {name}"
+        return f"stage {stages[0]} has one: {command_line(verb_of(stages[0]), name)}"
     return did_you_mean(name, known) or "see `llm-align list`, or give the path of a .yaml file"
 
 

@@ -1,5 +1,6 @@
 """Parent run (``model.init_from``, --from): find it, and inherit its model, adapter and template settings."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from finetune.recipe.discovery import (
     stage_names,
 )
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.peft_folder import is_peft_folder, peft_adapter_settings
-from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record
+from finetune.recipe.peft_folder import is_peft_folder, peft_adapter_settings, run_of_checkpoint
+from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record, repeat_repair
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
+from finetune.recipe.terminal import command_line
 
 SCORING_STAGES = ("reward",)
 """Stages whose model scores and does not generate text: only the same stage can continue from their runs."""
@@ -73,11 +75,12 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
     record = read_finished_record(run)
     _check_generative(str(run), record["stage"], stage=stage)
     check_saved_files(run, record, where="model.init_from")
-    if is_peft_folder(run):
+    trained = run_of_checkpoint(run) or run
+    if is_peft_folder(run) and trained == run:
         return _parent_from_peft_folder(run, record["reload"]["model"])
     model_record, name = record["reload"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
-    method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
+    method = yaml_file.read_yaml(trained / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
     model = ModelSettings(**{**model_record["model"], "init_from": None})
     # After full tuning the run's own model/ is the new base, so revision and rope are already part of it.
@@ -198,8 +201,7 @@ def check_saved_files(run: Path, record: dict[str, Any], *, where: str) -> None:
     missing = [name for name in record.get("files", {}) if not (run / name).is_file()]
     if missing or not record.get("files"):
         actual = f"'{run}' lacks {', '.join(missing)}" if missing else f"'{run}' has no saved weights"
-        repair = f"run it again: `{record['command']} --force`"
-        raise UserError(Problem(where, actual, "a run with its saved weights", repair))
+        raise UserError(Problem(where, actual, "a run with its saved weights", repeat_repair(run, record)))
 
 
 def _relative_folder(run: Path) -> str:
@@ -299,8 +301,8 @@ def _conflict_repair(parent: ParentRun) -> str:
         return "omit one of the two"
     if not Path(parent.name).is_dir():
         return "omit it, or set model.init_from=null for a new adapter on the base"
-    run = parent.name
-    return f"omit it; or `llm-align merge {run}`, then --base {run} instead of --from"
+    merge = command_line("merge", parent.name)
+    return f"omit it; or `{merge}`, then --base {shlex.quote(parent.name)} instead of --from"
 
 
 def _same_value(dotted: str, first: Any, second: Any) -> bool:

@@ -10,6 +10,8 @@ from finetune.recipe.errors import Problem, UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_EXPECTED = "PEFT's config of an adapter"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints; one of an adapter is an adapter of PEFT whose run says the rest."""
 PEFT_STAGE = "peft"
 """Stands for the stage of the run in the record of such a folder."""
 LORA_KEYS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target"}
@@ -37,6 +39,12 @@ def is_peft_folder(path: Path) -> bool:
     """Return whether a folder has an adapter of PEFT, and is neither a run nor the adapter of one."""
     is_run = any((folder / "run.json").is_file() for folder in (path, path.parent))
     return (path / ADAPTER_CONFIG).is_file() and not is_run
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """Return the run of a checkpoint's folder, None for any other folder."""
+    run = folder.parent.parent
+    return run if folder.parent.name == CHECKPOINTS and (run / "run.json").is_file() else None
 
 
 def adapter_folder(run: Path) -> Path:
@@ -80,7 +88,7 @@ def peft_record(folder: Path) -> dict[str, Any]:
     digest = _file_digest(weights, stat.st_mtime_ns, stat.st_size)
     virtual_tokens = 0 if config["peft_type"] == "PREFIX_TUNING" else config.get("num_virtual_tokens") or 0
     model = {"base": str(base), "revision": config.get("revision"), "trust_remote_code": False}
-    return {
+    record = {
         "status": "finished",
         "stage": PEFT_STAGE,
         "recipe": folder.name,
@@ -98,6 +106,11 @@ def peft_record(folder: Path) -> dict[str, Any]:
             "virtual_tokens": virtual_tokens,
         },
     }
+    run = run_of_checkpoint(folder)
+    if run is None:
+        return record
+    saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return record | {key: saved[key] for key in ("stage", "recipe", "command", "reload") if key in saved}
 
 
 def peft_adapter_settings(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from finetune.recipe import yaml_file
 from finetune.recipe.discovery import find_recipe, recipe_names, stage_names, stage_of_verb, verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import RECIPE_FILE, RUNS_FOLDER, find_run, read_run_record
+from finetune.recipe.terminal import command_line
 
 DEFAULT_STAGE = "sft"
 """Stage of a name that does not say one."""
@@ -53,7 +54,7 @@ def _run_folder(text: str) -> Path | None:
 def _check_stage(text: str, recipe_stage: str, stage: str | None, actual: str, name: str) -> None:
     if stage not in (None, recipe_stage):
         raise UserError(
-            Problem(text, actual, f"a recipe of stage {stage}", f"llm-align {verb_of(recipe_stage)} {name}")
+            Problem(text, actual, f"a recipe of stage {stage}", command_line(verb_of(recipe_stage), name))
         )
 
 

@@ -3,13 +3,15 @@
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe.errors import Problem, UserError, did_you_mean
-from finetune.recipe.peft_folder import is_peft_folder, peft_record
+from finetune.recipe.peft_folder import CHECKPOINTS, is_peft_folder, peft_record
+from finetune.recipe.terminal import PROGRAM, command_line
 
 RUNS_FOLDER = Path("runs")
 ROWS_FOLDER = "rows"
@@ -18,12 +20,15 @@ RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"
 """The lock that a process holds on a run's or a pipeline's folder while it writes there."""
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
+CHECKSUM_FILE = "checksums.json"
+"""The file that a complete checkpoint has."""
 FORMAT = 2
 """Format of run.json and of checkpoints: incremented when a stored name changes."""
 LIST_RUNS_HINT = "see `llm-align list runs`"
 REQUIRED_TEXTS = ("status", "recipe", "digest")
 SECTIONS = ("reload", "files", "metrics", "summary", "seconds", "hardware", "init_from", "data", "versions")
 """Fields of run.json that are mappings."""
+HEAD_STAGES = ("reward", "ppo")
 FINISHED_FIELDS = ("stage", "reload")
 RUN_CONTENTS = ("recipe.yaml", "adapter", "model", "checkpoints")
 """Files and folders that only a run leaves: with one of them and without run.json, a run is damaged."""
@@ -156,7 +161,7 @@ def refuse_outdated(where: str, record: Mapping[str, Any]) -> None:
     """Raise UserError for a run that was written by an earlier version."""
     if is_outdated(record):
         actual = f"a run of an earlier version of llm-align (format {record.get('format', 1)})"
-        repair = "run it again with this version, in another folder or with --force"
+        repair = "run it again with this version and another --out"
         raise UserError(Problem(where, actual, f"a run in format {FORMAT}", repair))
 
 
@@ -172,7 +177,7 @@ def read_finished_record(run: Path) -> dict[str, Any]:
     refuse_outdated(str(run), record)
     if record.get("status") != FINISHED:
         actual = f"a run with status '{record['status']}'" if record else "not a run"
-        raise UserError(Problem(str(run), actual, "the folder of a finished run", _next_action(record)))
+        raise UserError(Problem(str(run), actual, "the folder of a finished run", _next_action(run, record)))
     if missing := [name for name in FINISHED_FIELDS if name not in record]:
         raise UserError(_damaged_run_problem(run, f"run.json: {', '.join(missing)} missing", record))
     return record
@@ -188,7 +193,7 @@ def read_generative_record(run: Path) -> dict[str, Any]:
     # Only reward models have heads.
     if "heads" in record["reload"]:
         actual = "a reward model, which cannot generate text"
-        repair = f"`llm-align score {run} FILE` scores the completions of a file"
+        repair = f"`{command_line('score', run, 'FILE')}` scores the completions of a file"
         raise UserError(Problem(str(run), actual, "a run with a generative model", repair))
     return record
 
@@ -211,6 +216,8 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     folder = Path(name).expanduser()
     for path in (folder, RUNS_FOLDER / name):
         if (path / "run.json").is_file() or is_peft_folder(path):
+            if last := _last_checkpoint(path):
+                return last
             read_finished_record(path)
             return path, ""
     # A run's name is stage, recipe and digest; users type it without the digest.
@@ -222,9 +229,12 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     if not readable:
         raise UserError([_damaged_run_problem(run.path, run.damage, run.record) for run in matches])
     finished = [run for run in readable if run.is_finished]
-    # Raises with the repair for the most recent unfinished run.
+    # Raises with the repair for the most recent unfinished run, unless that has a checkpoint.
     if not finished:
-        read_finished_record(max(readable, key=lambda run: str(run.record.get("started", ""))).path)
+        path = max(readable, key=lambda run: str(run.record.get("started", ""))).path
+        if last := _last_checkpoint(path):
+            return last
+        read_finished_record(path)
     names = {run.path.name for run in finished}
     roots = [run for run in finished if run.record.get("init_from", {}).get("name") not in names] or finished
     newest = max(roots, key=lambda run: str(run.record.get("finished", ""))).path
@@ -232,9 +242,24 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     return newest, note if len(finished) > 1 else ""
 
 
+def _last_checkpoint(run: Path) -> tuple[Path, str] | None:
+    """Return the last checkpoint of a run that stopped, if that is an adapter, and a note; else None."""
+    if is_peft_folder(run):
+        return None
+    record = read_run_record(run)
+    steps = checkpoint_steps(run)
+    # Value and score heads are not part of PEFT's files.
+    has_heads = record.get("stage") in HEAD_STAGES or "heads" in record.get("reload", {})
+    unusable = has_heads or is_outdated(record) or _failed_by_itself(record)
+    if record.get("status") in (FINISHED, RUNNING) or unusable or not steps:
+        return None
+    folder = run / CHECKPOINTS / f"checkpoint-{max(steps)}"
+    note = f"{run} is {record['status']} at step {max(steps)} of {record.get('steps', '?')}: using {folder}"
+    return (folder, note) if is_peft_folder(folder) and "reload" in record else None
+
+
 def _damaged_run_problem(run: Path, damage: str, record: Mapping[str, Any]) -> Problem:
-    command = record.get("command")
-    repair = f"run it again: `{command} --force`" if command else "delete the folder, and run it again"
+    repair = repeat_repair(run, record) if "command" in record else "train it again with another --out"
     return Problem(str(run), f"a damaged run: {damage}", "the folder of a finished run", repair)
 
 
@@ -255,13 +280,38 @@ def _missing_run_problem(name: str, folder: Path, where: str, *, recipes: bool) 
     return Problem(where, actual, expected, LIST_RUNS_HINT)
 
 
-def _next_action(record: dict[str, Any]) -> str:
+def _next_action(run: Path, record: dict[str, Any]) -> str:
     """Return the repair for a run that is not finished."""
-    actions = {
-        "interrupted": "`{}` resumes from its checkpoint",
-        STOPPED: "`{}` resumes from its last checkpoint",
-        RUNNING: "wait until it finishes",
-    }
-    if record.get("status") in actions and "command" in record:
-        return actions[record["status"]].format(record["command"])
-    return LIST_RUNS_HINT
+    if record.get("status") == RUNNING:
+        return "wait until it finishes"
+    if "command" not in record or _failed_by_itself(record):
+        return LIST_RUNS_HINT
+    steps = checkpoint_steps(run)
+    how = f"resumes from step {max(steps)}" if steps else "starts again: it has no checkpoint"
+    return f"`{resume_command(record)}` {how}"
+
+
+def _failed_by_itself(record: Mapping[str, Any]) -> bool:
+    """Return whether a run failed by its own numbers or functions (NaN), and not by a library's exception."""
+    return record.get("status") == "failed" and "cause" not in record
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Return the steps of a run's complete checkpoints."""
+    files = (run / CHECKPOINTS).glob(f"checkpoint-*/{CHECKSUM_FILE}")
+    steps = (file.parent.name.removeprefix("checkpoint-") for file in files)
+    return sorted(int(step) for step in steps if step.isdigit())
+
+
+def resume_command(record: Mapping[str, Any]) -> str:
+    """Return the command that a run was started with; never --force, which would delete its checkpoints."""
+    return str(record["command"]).replace(" --force", "")
+
+
+def repeat_repair(run: Path, record: Mapping[str, Any]) -> str:
+    """Return the repair for a run whose files are damaged: train it again in another folder."""
+    command = resume_command(record)
+    # Runs that were started in Python have no command line.
+    if not command.startswith(f"{PROGRAM} "):
+        return "train it again with another --out"
+    return f"train it again in another folder: `{command} --out {shlex.quote(f'{run}-again')}`"

@@ -6,12 +6,26 @@ Texts of data, models, file names and libraries may have control characters. The
 
 import io
 import os
+import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from finetune.recipe.visible_text import visible, visible_json
+
+PROGRAM = "llm-align"
+
+
+def command_line(*words: object) -> str:
+    """Return a command of llm-align that a shell reads as these words, whatever is in them."""
+    return shlex.join([PROGRAM, *map(str, words)])
+
+
+def typed_command(words: Sequence[str]) -> str:
+    """Return the command of this process, for messages that say how it goes on: without --force."""
+    return command_line(*(word for word in words if word != "--force"))
 
 
 def echo(text: object, *, err: bool = False) -> None:

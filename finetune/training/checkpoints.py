@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKSUM_FILE = "checksums.json"
+from finetune.recipe.runs import CHECKSUM_FILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import nn
 from finetune.adapters._prompt_model import ENCODER_WEIGHTS_FILE
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.peft_folder import adapter_folder, is_peft_folder
-from finetune.recipe.runs import read_finished_record
+from finetune.recipe.runs import read_finished_record, repeat_repair
 from finetune.training.preflight.checks import first_few
 from finetune.training.save import ADAPTER_WEIGHTS, adapter_tensors, file_sha256
 
@@ -64,7 +64,7 @@ def _is_close(current: torch.Tensor, saved: torch.Tensor) -> bool:
 
 
 def _corrupt_run(run: Path, actual: str) -> UserError:
-    repair = f"`{read_finished_record(run)['command']} --force` repeats the run"
+    repair = repeat_repair(run, read_finished_record(run))
     if is_peft_folder(run):
         repair = "the base that it was trained on: --base FOLDER"
     return UserError(Problem(f"model.init_from {run}", actual, "the adapter that the run saved", repair))

@@ -1,6 +1,7 @@
 """Run directory: its files, whether it may be used, the lock, atomic writes; its result."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.distributed.rank import dist_info
+from finetune.recipe import yaml_file
 from finetune.recipe.disk import StorageError, writing
 from finetune.recipe.errors import LibraryError, Problem, UserError
 from finetune.recipe.recipe import Recipe
@@ -15,6 +17,7 @@ from finetune.recipe.runs import (
     FINISHED,
     FORMAT,
     LOCK_FILE,
+    RECIPE_FILE,
     RUNNING,
     RUNS_FOLDER,
     STOPPED,
@@ -158,10 +161,33 @@ class RunDirectory:
                 self.code_change = change
                 return
             actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
+            if differences := self._differing_settings():
+                actual += f": {differences}"
             repair = "choose another --out, or --force to replace that run"
+            if self.finished:
+                folder = shlex.quote(str(self.path))
+                repair += f"; to train it longer: --from {folder} with another --out"
             raise UserError(
                 Problem(f"--out {self.path}", actual, f"a run of this recipe ({self.digest})", repair)
             )
+
+    def _differing_settings(self) -> str:
+        """Return the settings in which the run in the folder differs from the recipe."""
+        file = self.path / RECIPE_FILE
+        if not file.is_file():
+            return ""
+        then, now = yaml_file.read_yaml(file)[0], self.recipe.values()
+        pairs = [
+            (f"{section}.{key}", (then.get(section) or {}).get(key), value)
+            for section, values in now.items()
+            for key, value in values.items()
+        ]
+        different = [
+            f"{key}={yaml_file.format_value(old)} (here {yaml_file.format_value(new)})"
+            for key, old, new in pairs
+            if old != new
+        ]
+        return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
     def clear(self) -> None:
         """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks finished."""

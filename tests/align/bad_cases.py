@@ -336,7 +336,7 @@ FOLDERS = {
         chat_with("interrupted"),
         [
             "theirs: a run with status 'interrupted'",
-            "`llm-align sft good.yaml --out theirs` resumes from its",
+            "`llm-align sft good.yaml --out theirs` starts again",
         ],
     ),
     "chat with a failed run": (chat_with("failed"), ["theirs: a run with status 'failed'"]),

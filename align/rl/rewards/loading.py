@@ -13,7 +13,7 @@ from align.rl.rewards.settings import RewardsSettings, reward_run_folder
 from finetune.data.row_columns import RowColumns
 from finetune.library_internals import base_quantization
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import read_finished_record
+from finetune.recipe.runs import read_finished_record, repeat_repair
 from finetune.recipe.user_arguments import RowFunction, column_problems, default_notes
 from finetune.recipe.user_function import load_user_function
 from finetune.training.save import file_sha256
@@ -124,7 +124,7 @@ def _check_checksums(run: Path) -> None:
     for name, checksum in record["files"].items():
         if file_sha256(run / name) != checksum:
             actual = f"checksum mismatch: {name}"
-            repair = f"repeat the run: `{record['command']} --force`"
+            repair = repeat_repair(run, record)
             raise UserError(Problem(f"reward run {run}", actual, "the weights as the run saved them", repair))
 
 

@@ -26,6 +26,7 @@ from finetune.recipe.settings import (
     NonNegativeInt,
     Section,
 )
+from finetune.recipe.terminal import command_line
 from finetune.recipe.user_arguments import ROW_NAMES, signature_problems
 from finetune.recipe.user_function import load_user_function
 
@@ -151,7 +152,7 @@ def reward_run_folder(source: RewardSource, *, where: str) -> Path:
     """
     assert source.run is not None
     if is_recipe_name(source.run):
-        repair = f"run `llm-align {source.run.replace('/', ' ')}` first"
+        repair = f"run `{command_line(*source.run.split('/', 1))}` first"
         actual = f"'{source.run}' is a recipe without a finished run"
         raise UserError(Problem(where, actual, "a finished run", repair))
     return find_run(source.run, where=where)[0]
@@ -268,7 +269,7 @@ def _check_bases(settings: RewardSections) -> Iterator[Problem]:
         if not same_base(policy, info.model):
             actual = f"'{run}' is on base '{info.model.base}', the policy on '{policy.base}'"
             expected = "a reward run on the policy's base, as they share its weights"
-            command = f"llm-align reward --base {policy.base}"
+            command = command_line("reward", "--base", policy.base)
             repair = f"`{command}` trains one; or use a policy on {info.model.base}"
             yield Problem(where, actual, expected, repair)
 

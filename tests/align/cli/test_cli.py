@@ -178,7 +178,8 @@ def test_ctrl_c_exits_with_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("align.cli.stage_commands.run", interrupted)
     status, _, err = call("sft", "sums.yaml")
     assert status == 130
-    assert err.strip() == "llm-align: interrupted. Run the same command to resume from the last checkpoint"
+    expected = "llm-align: interrupted. The same command goes on from the last checkpoint, if there is one"
+    assert err.strip() == expected
 
 
 def test_version_is_one_line_of_any_checkout(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

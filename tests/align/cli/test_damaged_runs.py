@@ -110,7 +110,7 @@ def test_the_status_of_a_run_is_that_of_its_process(runs: Path) -> None:
             find_run("good")
     # The lock file is still there: a process that ended leaves it too.
     assert (runs / "good" / ".lock").exists() and listed()["runs/good"] == "stopped, 2026-01-01"
-    with pytest.raises(UserError, match="status 'stopped'(?s:.*)`llm-align sft` resumes"):
+    with pytest.raises(UserError, match="status 'stopped'(?s:.*)`llm-align sft` starts again"):
         find_run("good")
     assert next(run for run in list_runs() if run.path.name == "good").record["status"] == "stopped"
 

@@ -166,7 +166,7 @@ def test_missing_weights_and_unfinished_run_are_reported(
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     [(_, message)] = problems(base_folder, rewards(str(copy)))
-    assert "a run with status 'interrupted'" in message and "resumes from its checkpoint" in message
+    assert "a run with status 'interrupted'" in message and "resumes from step" in message
 
 
 def test_circular_recipe_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
