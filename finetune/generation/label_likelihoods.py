@@ -138,7 +138,8 @@ def _shared_prompt_logps(
     device = next(model.parameters()).device
     ids_BT, mask_BT = _right_padded([prompt[:-1] for prompt in prompts], device)
     with head_positions(base.get_output_embeddings(), torch.zeros_like(ids_BT, dtype=torch.bool)):
-        cache = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
+        # Models without a cache, such as GPT-1, return no such field.
+        cache = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True).get("past_key_values")
     longest = max(map(len, labels))
     if not _is_continuable(cache, longest, equal_lengths=len(set(lengths)) == 1):
         return None

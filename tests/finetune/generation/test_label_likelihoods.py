@@ -7,6 +7,7 @@ import torch
 from adapter_properties import FAMILIES, METHODS, base_of, build, default_quantization
 from small_models import MODELS, make
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, PretrainedConfig
 
 from finetune.generation import label_likelihoods
 from finetune.generation.label_likelihoods import label_logps, separate_logps
@@ -91,6 +92,22 @@ def test_a_prompt_of_one_token(separate_calls: list[int]) -> None:
     model = make("llama")
     actual = label_logps(model, [(5,), *PROMPTS], LABELS, tokens_per_batch=4096)
     assert torch.allclose(actual, naive_logps(model, [(5,), *PROMPTS], LABELS), atol=2e-5, rtol=2e-5)
+    assert separate_calls == [1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OpenAIGPTConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2),
+        MambaConfig(vocab_size=97, hidden_size=32, state_size=8, num_hidden_layers=2),
+    ],
+    ids=["no cache", "recurrent state"],
+)
+def test_models_without_keys_and_values(config: PretrainedConfig, separate_calls: list[int]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    actual = label_logps(model, PROMPTS, LABELS, tokens_per_batch=4096)
+    assert torch.allclose(actual, naive_logps(model, PROMPTS, LABELS), atol=2e-5, rtol=2e-5)
     assert separate_calls == [1]
 
 
