@@ -28,7 +28,7 @@ from finetune.distributed import collectives
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded, local_shard, reshard
-from finetune.library_internals import attention_implementation
+from finetune.library_internals import attention_implementation, zero3_full_shape
 from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import output_head
@@ -228,7 +228,8 @@ def model_digest(model: nn.Module) -> str:
     # keep_vars: ZeRO-3's parameters are empty but for their shards, which only the parameter itself has.
     for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            # The full shape: ZeRO-3's parameters are empty unless they happen to be gathered.
+            digest.update(f"{name} {value.dtype} {tuple(zero3_full_shape(value))}".encode())
             shard = local_shard(value).detach().contiguous().cpu()
             # As bytes: NumPy has no bfloat16.
             digest.update(shard.reshape(-1).view(torch.uint8).numpy().data)

@@ -148,7 +148,7 @@ def _reward_gain(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
     before, after = reward
     evidence = f"held-out {before:.3f} → {after:.3f}"
     if after - before <= -MIN_REWARD_GAIN:
-        action = "lower train.learning_rate or ppo.ppo_epochs"
+        action = "lower train.learning_rate"
         return Finding("reward", evidence, "the policy earns a lower reward than before", action)
     if after - before < MIN_REWARD_GAIN:
         action = "raise train.learning_rate, lower ppo.kl_coef, or train longer"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import warm
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.distributed.interrupts import Interrupted
@@ -203,6 +205,27 @@ ZERO = [
 def test_zero_learns_what_one_process_does(share: Share, scored: Result, stage: str, strategy: str) -> None:
     one = share(stage, f"{stage}-alone", 1) if stage != "reward" else scored
     close(one, share(stage, f"{stage}-{strategy}", 2, train__strategy=strategy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_the_reference_cache_is_keyed_by_the_sharded_weights(
+    share: Share, base_folder: Path, tmp_path: Path, strategy: str
+) -> None:
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "llm-align" / "reference"
+
+    def num_files(name: str, **settings: Any) -> int:
+        settings |= {"data__cache": True, "train__strategy": strategy, "train__max_steps": 2}
+        share("dpo", f"{strategy}-{name}", 2, train__evaluate_every=None, **settings)
+        return len(list(cache.glob("*")))
+
+    first = num_files("first")
+    assert num_files("other-beta", dpo__loss__beta=0.3) == first
+    other = shutil.copytree(base_folder, tmp_path / "base")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert num_files("other-base", model__base=str(other)) == first + 2, "held-out and training rows"
 
 
 @pytest.mark.slow
