@@ -104,13 +104,14 @@ def plan_record(plan: "Plan", alternatives: "Sequence[Alternative] | None" = Non
             "name": plan.device.name,
             "kind": plan.device.kind,
             "memory": plan.device.memory,
+            "free": plan.device.free,
             "available": plan.available_bytes,
         },
         "processes": workload.processes,
         "strategy": workload.strategy,
         "offload": workload.offload,
         "fits": plan.fits,
-        "peak": {"phase": plan.peak.name, "bytes": plan.peak.total},
+        "peak": {"phase": plan.peak.name, "bytes": plan.peak.total, "program": plan.device.program_bytes},
         "phases": [
             {
                 "name": phase.name,

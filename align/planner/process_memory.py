@@ -51,6 +51,8 @@ def process_memory_problems(recipe: Recipe, device: Device, processes: int) -> l
     """
     if device.kind != "cpu" or processes == 1:
         return []
+    # Of the machine's memory: what is free changes while the processes start.
+    device = replace(device, free=None)
     try:
         plan = make_plan(_with_processes(recipe, processes), device, 1)
     except UserError:  # no plan for this base, or invalid rows: the run reports the rows itself

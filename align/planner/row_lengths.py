@@ -1,6 +1,6 @@
 """Row counts and token lengths of a recipe's data, measured where possible, otherwise estimated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from math import ceil
@@ -16,6 +16,7 @@ from finetune.data.files import source_files
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import PROJECT, local_path
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_rows import PythonRows
 from finetune.recipe.settings import DataSettings, ModelSettings
 
@@ -26,13 +27,10 @@ MAX_SAMPLED_ROWS = 256
 """Rows that are rendered and counted, as a sample of all."""
 LONGEST_CANDIDATES = 16
 """Rows with the most characters, among which the one with the most tokens is searched."""
-SPECIAL_TOKENS_PER_SIDE = 1
-"""Special tokens at the beginning of a row, and at the end of a completion."""
+MAX_COUNTED_BYTES = 2 * 2**20
+"""Bytes of local files whose rows are all rendered and counted: less than a second."""
 MAX_READ_BYTES = 24 * 2**20
 """Maximum bytes of local files that are read for a plan, so that it takes a second or two."""
-
-
-TokenCounter = Callable[[str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class RowLengths:
         longest_completion: tokens of the longest completion.
         is_upper_bound: whether the means are upper bounds.
         basis: how the lengths were obtained.
+        is_exact: whether every row was rendered and its tokens counted.
     """
 
     rows: int | None
@@ -60,6 +59,7 @@ class RowLengths:
     longest_completion: int
     is_upper_bound: bool
     basis: str
+    is_exact: bool = False
 
     @property
     def row_tokens(self) -> float:
@@ -115,20 +115,44 @@ def measure_lengths(
     if size > MAX_READ_BYTES:
         return _lengths_by_file_size(data, size, max_length, completions)
     rows = load_training_rows(data, seed, labels=labels)
-    render = row_renderer(data.template)
+    tokenizer_file = _tokenizer_file(model)
+    render = row_renderer(data, None if tokenizer_file is None else tokenizer_file.parent)
+    is_exact = size <= MAX_COUNTED_BYTES and tokenizer_file is not None
     # Evenly spaced, since files may be sorted.
-    sample = [render(row) for row in rows[:: max(1, len(rows) // MAX_SAMPLED_ROWS)]]
-    count, basis = _make_token_counter(model, sample)
+    step = 1 if is_exact else max(1, len(rows) // MAX_SAMPLED_ROWS)
+    sample = [render(row) for row in rows[::step]]
     # Memory is planned for the longest row, which a sample would miss.
     longest_rows = [render(row) for row in nlargest(LONGEST_CANDIDATES, rows, key=lambda row: row.size)]
+    counts, basis = _count_tokens(tokenizer_file, [*sample, *longest_rows], len(sample))
+    kept = [row for row in counts if data.overflow == "truncate" or row.longest <= max_length]
+    if not kept:
+        actual = f"drop, and no row has at most {max_length} tokens"
+        raise UserError(Problem("data.overflow", actual, "rows to train on", "data.overflow=truncate"))
+    num_dropped = sum(row.longest > max_length for row in counts[: len(sample)]) * (len(kept) < len(counts))
+    num_rows = len(rows) - round(num_dropped * len(rows) / len(sample))
+    sampled = [row for row in counts[: len(sample)] if row in kept]
+    dropped = f", {len(rows) - num_rows:,} longer than {max_length} tokens dropped" if num_dropped else ""
     return _lengths_of_sample(
-        sample,
-        longest_rows,
-        count,
-        rows=len(rows),
+        sampled or kept,
+        kept,
+        rows=num_rows,
         max_length=max_length,
-        basis=f"{len(rows):,} rows of {_source_names(data)}; {basis}",
+        is_exact=is_exact,
+        basis=f"{num_rows:,} rows of {_source_names(data)}{dropped}; {basis}",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RowTokens:
+    """The tokens of a row's prompt and of each completion."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the prompt with the longest completion."""
+        return self.prompt + max(self.completions, default=0)
 
 
 def _local_bytes(data: DataSettings) -> int | None:
@@ -155,74 +179,66 @@ def _source_names(data: DataSettings) -> str:
 
 
 def _lengths_of_sample(
-    sample: Sequence[RowText],
-    longest_rows: Sequence[RowText],
-    count: TokenCounter,
+    sample: Sequence[RowTokens],
+    rows_counted: Sequence[RowTokens],
     *,
     rows: int,
     max_length: int,
+    is_exact: bool,
     basis: str,
 ) -> RowLengths:
-    """Return the lengths of all rows from a sample and the longest rows."""
-    prompts = [count(row.prompt) + SPECIAL_TOKENS_PER_SIDE for row in sample]
-    completion_tokens = [
-        [count(completion) + SPECIAL_TOKENS_PER_SIDE for completion in row.completions] for row in sample
+    """Return the lengths of all rows from a sample, and the longest ones of all that were counted."""
+    # Truncated as in a run: completions of preferences lose their end, prompts their beginning.
+    truncated = [
+        (min(max_length, row.longest), [min(max_length, tokens) for tokens in row.completions], row.prompt)
+        for row in sample
     ]
-    all_completion_tokens = [
-        min(max_length, length) for row_completions in completion_tokens for length in row_completions
-    ]
-    pairs = zip(prompts, completion_tokens, strict=True)
-    row_tokens = [
-        min(max_length, prompt + max(row_completions, default=0)) for prompt, row_completions in pairs
-    ]
-    # Truncation at the maximum length shortens the mean prompt and the mean completion by the same factor.
-    mean_prompt, mean_completion = (
-        fmean(prompts),
-        fmean(all_completion_tokens) if all_completion_tokens else 0.0,
-    )
-    retained_fraction = min(1.0, fmean(row_tokens) / (mean_prompt + mean_completion))
-    longest_tokens = [
-        min(
-            max_length,
-            count(row.prompt) + max(map(count, row.completions), default=0) + 2 * SPECIAL_TOKENS_PER_SIDE,
-        )
-        for row in longest_rows
-    ]
+    prompt_tokens = [total - max(completions, default=0) for total, completions, _ in truncated]
+    completion_tokens = [tokens for _, completions, _ in truncated for tokens in completions]
+    longest = max(min(max_length, row.longest) for row in rows_counted)
     return RowLengths(
         rows=rows,
-        prompt=mean_prompt * retained_fraction,
-        completion=mean_completion * retained_fraction,
-        completions=fmean(len(row_completions) for row_completions in completion_tokens),
-        longest=max(longest_tokens),
-        longest_prompt=min(
-            max_length, max(count(row.prompt) + SPECIAL_TOKENS_PER_SIDE for row in longest_rows)
-        ),
-        longest_completion=min(
-            max_length,
-            max(
-                max(map(count, row.completions), default=0) + SPECIAL_TOKENS_PER_SIDE for row in longest_rows
-            ),
-        ),
+        prompt=fmean(prompt_tokens),
+        completion=fmean(completion_tokens) if completion_tokens else 0.0,
+        completions=fmean(len(row.completions) for row in sample),
+        longest=longest,
+        longest_prompt=min(max_length, max(row.prompt for row in rows_counted)),
+        longest_completion=min(max_length, max(max(row.completions, default=0) for row in rows_counted)),
         is_upper_bound=False,
         basis=basis,
+        is_exact=is_exact,
     )
 
 
-def _make_token_counter(model: ModelSettings, sample: Sequence[RowText]) -> tuple[TokenCounter, str]:
-    """Return a token counter, bytes over a sample's bytes per token, and a description of it."""
-    tokenizer_file = _tokenizer_file(model)
+def _count_tokens(
+    tokenizer_file: Path | None, rows: Sequence[RowText], num_sampled: int
+) -> tuple[list[RowTokens], str]:
+    """Return the tokens of rows, and how they were counted.
+
+    Args:
+        tokenizer_file: of the base; None: four bytes are a token.
+        rows: the rows; the first ``num_sampled`` are the sample.
+        num_sampled: for the description.
+    """
+    texts = [text for row in rows for text in (row.prompt, row.after, *row.completions)]
     if tokenizer_file is None:
-        rate = BYTES_PER_TOKEN
-        basis = f"assuming {rate:g} bytes per token (the base's tokenizer is not on this machine)"
+        counts = [round(len(text.encode()) / BYTES_PER_TOKEN) for text in texts]
+        has_bos = True
+        basis = f"assuming {BYTES_PER_TOKEN:g} bytes per token (the base's tokenizer is not on this machine)"
     else:
-        # Encoding all rows would take too long for a plan: other rows are converted by bytes per token.
-        texts = ["".join((row.prompt, *row.completions)) for row in sample]
-        # The tokenizers package alone: a plan does not import torch. Special tokens are counted per side.
+        # The tokenizers package alone: a plan does not import torch.
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        tokens = sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False))
-        rate = sum(len(text.encode()) for text in texts) / max(1, tokens)
-        basis = f"{rate:.2f} bytes per token, counted on {len(sample)} of them with the base's tokenizer"
-    return lambda text: round(len(text.encode()) / rate), basis
+        counts = [len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        has_bos = len(tokenizer.encode("a").ids) > len(tokenizer.encode("a", add_special_tokens=False).ids)
+        basis = f"counted on {num_sampled} of them with the base's tokenizer"
+    remaining = iter(counts)
+    counted = []
+    for row in rows:
+        prompt = next(remaining) + next(remaining) + (row.bos and has_bos) + row.other_ends
+        # The end of each completion; of a conversation's replies, all of them.
+        completions = tuple(next(remaining) + row.ends for _ in row.completions)
+        counted.append(RowTokens(prompt, completions))
+    return counted, basis
 
 
 def _tokenizer_file(model: ModelSettings) -> Path | None:

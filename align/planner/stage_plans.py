@@ -80,8 +80,11 @@ class StagePlan:
         return self._work(lengths) if known else None
 
     def _work(self, lengths: RowLengths) -> TotalWork:
-        steps = self._num_steps(lengths.rows)
-        trained_tokens = steps * self.settings.train.batch_size * lengths.row_tokens
+        train, steps = self.settings.train, self._num_steps(lengths.rows)
+        # The last batch of an epoch may have fewer rows.
+        complete = train.max_steps is not None or lengths.rows is None
+        num_rows = steps * train.batch_size if complete else (lengths.rows or 0) * train.epochs
+        trained_tokens = num_rows * lengths.row_tokens
         return TotalWork(steps, trained_tokens, self._reference_tokens(lengths, trained_tokens))
 
     def _num_steps(self, rows: int | None) -> int:
@@ -89,6 +92,12 @@ class StagePlan:
         return auto_values.optimizer_steps(
             rows or 0, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
         )
+
+    def trained_share(self, lengths: RowLengths) -> float | None:
+        """Return the fraction of the tokens that carry loss; None where completions are sampled."""
+        if self.settings.data.loss_on == "all":
+            return 1.0
+        return lengths.completions * lengths.completion / max(1.0, lengths.row_tokens)
 
     def _reference_tokens(self, lengths: RowLengths, trained_tokens: float) -> float:
         """Return the tokens that a reference model scores."""
@@ -178,6 +187,9 @@ class SamplingPlan(StagePlan):
     settings: PpoSettings | RejectionSettings | OnlineSettings
     COMPLETIONS = 0
     GENERATES = BATCHES_GENERATION = True
+
+    def trained_share(self, lengths: RowLengths) -> None:
+        """Return None: which tokens are trained depends on what is sampled."""
 
     def max_length(self, context: int) -> tuple[int, str]:
         data, completion_tokens = self.settings.data, self.settings.sampling.max_new_tokens

@@ -9,7 +9,7 @@ from rich.table import Table
 from align.planner.alternatives import Alternative
 from align.planner.plan import Plan
 from finetune.distributed.hardware import GIB, RESERVED_BYTES
-from finetune.planner.estimate import Phase
+from finetune.planner.estimate import Phase, TotalWork
 
 MIB = 2**20
 MIB_THRESHOLD = 2 * GIB
@@ -56,8 +56,13 @@ def fit_verdict(plan: Plan) -> str:
     """Return one sentence: does it fit, and by how much?"""
     peak, available = plan.peak, plan.available_bytes
     per_process = " per process" if plan.device.kind == "cpu" and plan.workload.processes > 1 else ""
-    free_text = f"{plan.device.name} has {format_bytes(available)} free{per_process}"
-    usage = f"peak {format_bytes(peak.total)} in '{peak.name}'; {free_text}"
+    program = plan.device.program_bytes
+    total = peak.total + program
+    # What top shows for the process, and what it is compared with.
+    parts = f" ({format_bytes(program)} of it Python and its libraries)" if program else ""
+    measured = " now" if plan.device.free is not None else ""
+    free_text = f"{plan.device.name} has {format_bytes(available + program)} free{per_process}{measured}"
+    usage = f"peak {format_bytes(total)}{parts} in '{peak.name}'; {free_text}"
     if not plan.fits:
         return f"Does not fit: {usage}, {format_bytes(peak.total - available)} too little."
     free = available - peak.total
@@ -105,9 +110,11 @@ def _unit(peak: int) -> int:
 
 def _device_text(plan: Plan) -> str:
     device = plan.device
-    reserved = "the CUDA context" if device.kind == "cuda" else "the Python process"
+    if device.kind == "cpu":
+        free = "" if device.free is None else f", {format_bytes(device.free)} free now"
+        return f"{device.name}: {format_bytes(device.memory)} of memory{free}"
     reserved_bytes = format_bytes(RESERVED_BYTES[device.kind])
-    return f"{device.name}: {format_bytes(device.memory)}, minus {reserved_bytes} for {reserved}"
+    return f"{device.name}: {format_bytes(device.memory)}, minus {reserved_bytes} for the CUDA context"
 
 
 def summary_lines(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -128,8 +135,7 @@ def _work_lines(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "steps", f"unknown: epochs={settings.train.epochs:g} over an unknown number of rows"
         yield "", "pass local data with --data FILE, or set train.max_steps=N"
         return
-    at_most = "at most " if plan.lengths.is_upper_bound else "about "
-    yield "tokens", f"{at_most}{format_tokens(work.trained_tokens)} trained on{_forward_text(plan)}"
+    yield "tokens", f"{_tokens_text(plan, work)}{_forward_text(plan)}"
     workload = plan.workload
     plural = "es" if workload.accumulation_steps > 1 else ""
     micro_batches = f"{workload.accumulation_steps} micro-batch{plural} of {plan.micro_batch_size}"
@@ -142,6 +148,19 @@ def _work_lines(plan: Plan) -> Iterable[tuple[str, str]]:
             "time",
             f"{format_seconds(plan.time.lower)} to {format_seconds(plan.time.upper)}  ({plan.time.basis})",
         )
+
+
+def _tokens_text(plan: Plan, work: TotalWork) -> str:
+    """Return the tokens of a run, with the words and the numbers of ``llm-align data``."""
+    trained_share = plan.stage.trained_share(plan.lengths)
+    if trained_share is None:  # sampled completions: their lengths are limits
+        return f"at most {format_tokens(work.trained_tokens)} of prompts and completions trained on"
+    trained = trained_share * work.trained_tokens
+    trained_text = format_tokens(trained).removesuffix(" tokens")
+    if plan.lengths.is_exact:
+        return f"{work.trained_tokens:,.0f} tokens, {trained:,.0f} of them trained"
+    at_most = "at most " if plan.lengths.is_upper_bound else "about "
+    return f"{at_most}{format_tokens(work.trained_tokens)}, {trained_text} of them trained"
 
 
 def _forward_text(plan: Plan) -> str:

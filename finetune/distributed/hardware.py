@@ -22,9 +22,11 @@ USABLE_FRACTION = 0.98
 """Fraction of a card's nominal memory that PyTorch sees, if only its size is known: 23.6 of 24 GiB."""
 DRIVER_GIB = 0.45
 """GiB that ``nvidia-smi`` counts and PyTorch does not see: 81,559 MiB and 79.2 GiB of an H100."""
-RESERVED_BYTES = {"cuda": GIB // 2, "cpu": GIB}
+RESERVED_BYTES = {"cuda": GIB // 2, "cpu": int(0.82 * GIB)}
 """Bytes in use before a weight is loaded: CUDA's context and its libraries' buffers (0.4 to 0.6 GiB); on a
-CPU the process itself (1 GiB: Python with torch, transformers, peft and trl)."""
+CPU the process itself: Python with torch, transformers, peft and trl, and the buffers of kernels and
+tokenizer. Measured: what runs on the bundled model take beyond the planned tensors (0.78 GiB for dpo, 0.84
+for pretrain)."""
 Utilization = tuple[float, float]
 
 # Hardware FLOPs utilization (HFU), from MosaicML, llm-foundry, scripts/train/benchmarking/README.md: training
@@ -65,6 +67,7 @@ class Device:
         flops_float32: peak FLOP/s in float32, without TF32; 0: unknown.
         bandwidth: memory bandwidth in bytes per second; 0: unknown.
         utilization: lower and upper utilization of the peak in training.
+        free: bytes of memory that other programs leave now, measured; None: not measured.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Device:
     flops_float32: float
     bandwidth: float
     utilization: Utilization
+    free: int | None = None
 
     @property
     def available_bytes(self) -> int:
@@ -84,7 +88,12 @@ class Device:
     def available_bytes_per_process(self, processes: int) -> int:
         """Return the bytes available to each process: all of its GPU, or its fraction of the CPU's memory."""
         sharing = processes if self.kind == "cpu" else 1  # each process has a GPU of its own
-        return self.memory // sharing - RESERVED_BYTES[self.kind]
+        return (self.memory if self.free is None else self.free) // sharing - RESERVED_BYTES[self.kind]
+
+    @property
+    def program_bytes(self) -> int:
+        """Return the bytes of the program that a tool such as top counts for a process; 0 on a GPU."""
+        return RESERVED_BYTES[self.kind] if self.kind == "cpu" else 0
 
     def hardware(self, count: int = 1) -> Hardware:
         """Return what a process detects on a machine with this many of them."""
@@ -283,7 +292,15 @@ def cpu_device() -> Device:
     bfloat16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     name = f"the CPU ({cores} core{'s' if cores > 1 else ''}, {platform.machine()})"
     return Device(
-        name, "cpu", _machine_memory(), bfloat16, (1 + bfloat16) * flops_float32, flops_float32, 20e9, CPU
+        name,
+        "cpu",
+        _machine_memory(),
+        bfloat16,
+        (1 + bfloat16) * flops_float32,
+        flops_float32,
+        20e9,
+        CPU,
+        free=free_memory(),
     )
 
 
@@ -292,6 +309,31 @@ def _cpu_flags() -> set[str]:
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return set(line[1].split()) if line else set()
+
+
+def free_memory() -> int | None:
+    """Return the bytes that a new program can use now: caches count as free; None if that is not known.
+
+    In a container, no more than its limit (cgroup 2) leaves.
+    """
+    file = Path("/proc/meminfo")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if (line := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)) is None:
+        return None
+    available = 1024 * int(line[1])
+    folder = Path("/sys/fs/cgroup")
+    if not all((folder / name).is_file() for name in ("memory.max", "memory.current", "memory.stat")):
+        return available
+    limit, current, stat = (
+        (folder / name).read_text(encoding="utf-8")
+        for name in ("memory.max", "memory.current", "memory.stat")
+    )
+    if not limit.strip().isdigit():
+        return available
+    # Pages of files are given back when memory is short.
+    reclaimable = re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)
+    used = int(current) - (int(reclaimable[1]) if reclaimable else 0)
+    return max(0, min(available, int(limit) - used))
 
 
 def _machine_memory() -> int:

@@ -8,6 +8,7 @@ import pytest
 from align.api import load_recipe
 from align.planner.plan import make_plan
 from align.planner.process_memory import oversubscription_note, process_memory_problems
+from align.planner.terminal import format_bytes
 from align.required_runs import plan_runs, resolve_required_runs
 from finetune.distributed.hardware import GIB, GPUS, cpu_device
 from finetune.recipe.console import Terminal
@@ -31,10 +32,11 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_the_problem_names_the_plan_s_bytes_and_a_number_that_fits(recipe: Recipe) -> None:
     [problem] = process_memory_problems(recipe, CPU, 12)
-    each = make_plan(recipe, CPU, 1).peak.total / GIB + 1
-    assert f"12 processes need {each:.1f} GiB each" in problem.actual and "8.0 GiB exist" in problem.actual
-    # The largest divisor of the batch size: 8 GiB hold 7 of them.
-    assert 7 <= 8 / each < 8
+    each = make_plan(recipe, CPU, 1).peak.total + CPU.program_bytes
+    assert f"12 processes need {format_bytes(each)} each" in problem.actual
+    assert "8.0 GiB exist" in problem.actual
+    # The largest divisor of the batch size: 8 GiB hold 9 of them.
+    assert 9 <= 8 * GIB / each < 10
     assert problem.repair == "train.num_processes=6"
     assert process_memory_problems(recipe, CPU, 6) == []
 
@@ -45,7 +47,7 @@ def test_what_fits_or_shares_no_memory_is_taken(recipe: Recipe, processes: int, 
 
 
 def test_no_number_is_offered_where_none_fits(recipe: Recipe) -> None:
-    [problem] = process_memory_problems(recipe, replace(CPU, memory=GIB), 4)
+    [problem] = process_memory_problems(recipe, replace(CPU, memory=GIB // 2), 4)
     assert "llm-align plan" in problem.repair and "train.num_processes=" not in problem.repair
 
 

@@ -51,6 +51,46 @@ def test_quickstart_lengths_match_its_tokenized_data() -> None:
     assert planned.longest == pytest.approx(max(tokenized.lengths), rel=0.1)
 
 
+QUESTIONS = [
+    f"Tell me about {name} in {count} words." for count, name in enumerate(["Seoul", "rain", "tea"] * 8)
+]
+ALPACA = [{"instruction": text, "output": f"{text} Yes! {index}"} for index, text in enumerate(QUESTIONS)]
+PAIRS = [
+    {"prompt": text, "chosen": f"Well, {text}", "rejected": f"No: {index}"}
+    for index, text in enumerate(QUESTIONS)
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "settings"),
+    [
+        ("sft", ALPACA, {"data.template": "alpaca"}),
+        ("sft", ALPACA, {"data.template": "chatml", "data.system_prompt": "Be brief."}),
+        ("sft", ALPACA, {"data.template": "tokenizer"}),
+        ("sft", ALPACA, {"data.template": "vicuna", "data.max_length": 96, "data.overflow": "drop"}),
+        ("dpo", PAIRS, {"data.template": "hh"}),
+        ("dpo", PAIRS, {"data.template": "tokenizer", "train.max_steps": 5}),
+        ("kto", PAIRS, {"data.template": "zephyr"}),
+    ],
+)
+def test_plan_and_data_count_the_same_tokens(
+    stage: str, rows: list[dict[str, str]], settings: dict[str, Any]
+) -> None:
+    from align import data, load_recipe, plan
+
+    given = {"data.cache": False, "model.init_from": None, "model.base": "tiny", "data.held_out": 3}
+    given |= {"evaluate.graders": {}, "evaluate.retention": None, "train.batch_size": 5, "train.warmup": 0.1}
+    recipe = load_recipe("quickstart", stage=stage, data=rows, settings=given | settings)
+    preview, planned = data(recipe, rows=0), plan(recipe, gpu="cpu")
+    assert planned.work is not None and planned.lengths.is_exact
+    share = planned.stage.trained_share(planned.lengths)
+    assert share is not None
+    # One token of a row may begin or end elsewhere, where its texts are joined.
+    assert (planned.lengths.rows, planned.work.steps) == (preview["rows"], preview["steps"])
+    assert planned.work.trained_tokens == pytest.approx(preview["token_budget"], rel=0.005)
+    assert share * planned.work.trained_tokens == pytest.approx(preview["trained_token_budget"], rel=0.01)
+
+
 def test_held_out_rows_are_not_counted(rows_file: Path) -> None:
     assert lengths_of(DataSettings(source=str(rows_file))).rows == 48
     assert lengths_of(DataSettings(source=str(rows_file), held_out=6)).rows == 42

@@ -37,7 +37,7 @@ def test_stages_on_conversations_are_planned_like_sft() -> None:
 
 def test_supervised_work() -> None:
     stage = plan_of("sft", train__epochs=2.0, train__batch_size=8)
-    assert stage.total_work(ROWS) == TotalWork(steps=26, trained_tokens=26 * 8 * 40.0)
+    assert stage.total_work(ROWS) == TotalWork(steps=26, trained_tokens=2 * 100 * 40.0)
     fixed = plan_of("sft", train__max_steps=5, train__batch_size=8)
     assert fixed.total_work(replace(ROWS, rows=None)) == TotalWork(steps=5, trained_tokens=5 * 8 * 40.0)
     assert stage.total_work(replace(ROWS, rows=None)) is None
@@ -47,15 +47,16 @@ def test_supervised_work() -> None:
     ("align", "forward_tokens"),
     [
         ({"loss": "dpo"}, 100 * 50.0),
-        ({"loss": "dpo", "reference": "live"}, 26 * 8 * 50.0),
+        ({"loss": "dpo", "reference": "live"}, 2 * 100 * 50.0),
         ({"loss": "orpo"}, 0.0),
     ],
 )
 def test_reference_tokens(align: dict[str, Any], forward_tokens: float) -> None:
     values = {f"dpo__{key}": value for key, value in align.items()}
     stage = plan_of("dpo", train__epochs=2.0, train__batch_size=8, **values)
+    # The last batch of each epoch has four pairs.
     assert stage.total_work(PAIRS) == TotalWork(
-        steps=26, trained_tokens=26 * 8 * 50.0, forward_tokens=forward_tokens
+        steps=26, trained_tokens=2 * 100 * 50.0, forward_tokens=forward_tokens
     )
 
 
