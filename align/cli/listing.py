@@ -16,6 +16,8 @@ from finetune.recipe.runs import ListedRun, list_runs
 from finetune.recipe.schema import recipe_descriptions, setting_rows
 from finetune.training.metrics import metric_lines
 
+NO_RESULTS = ("trained parameters", "training", "training loss", "peak memory")
+"""Entries of a summary that are no headline."""
 ON_REQUEST = ("metrics",)
 """Kinds that `llm-align list` shows when they are named."""
 
@@ -90,4 +92,14 @@ def _run_line(run: ListedRun) -> str:
     """Return a run's status and when it started, or what is wrong with it."""
     if run.damage:
         return f"damaged: {run.damage}"
-    return ", ".join(filter(None, (run.record["status"], str(run.record.get("started", "")))))
+    record = run.record
+    base = record.get("reload", {}).get("model", {}).get("base", "")
+    shown = [record["status"], str(record.get("started", "")), _headline(record.get("summary", {}))]
+    shown += [f"seed {record['seed']}" if "seed" in record else "", f"base {base}" if base else ""]
+    return ", ".join(filter(None, shown))
+
+
+def _headline(summary: Mapping[str, str]) -> str:
+    """Return the last result of a run's summary: an eval, or the held-out metric."""
+    results = [f"{name} {value}" for name, value in summary.items() if name not in NO_RESULTS]
+    return results[-1] if results else ""

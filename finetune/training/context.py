@@ -37,6 +37,7 @@ from finetune.training.checkpoints import complete_steps
 from finetune.training.fingerprint import function_digests, parent_run_record
 from finetune.training.library_errors import run_errors
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.model_card import write_model_card
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
 from finetune.training.run_directory import ACCEPT_REPAIR, RunDirectory
@@ -281,6 +282,9 @@ class RunContext(Generic[SettingsT]):
             self.run.record["function_calls"] = call_times
         self.run.record["summary"] = run_summary(self.run.record, metric_spec.summary)
         if self.dist.is_main:
+            for folder in (self.run.path / "adapter", self.run.path / "model"):
+                if folder.is_dir():
+                    write_model_card(folder, self.run.record)
             write_report(self.run, metric_spec.logged_keys, metric_spec.diagnostics(self.run.record))
         self.run.update(status="finished")
         collectives.barrier()  # no rank exits before the folder is complete

@@ -26,6 +26,7 @@ from finetune.training.atomic_files import atomic_folder
 from finetune.training.inference_files import save_inference_files
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.model import DTYPES
+from finetune.training.model_card import write_model_card
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.reopen import Difference, Loading, Logits, Probe, logits_difference, reopen_model
 from finetune.training.run_directory import MERGED
@@ -73,6 +74,7 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
         to_save.save_pretrained(str(folder))
         verify_model(folder, checkpoint_state_dict(to_save, to_save.state_dict()))
         note = save_inference_files(folder, to_save, loaded.encoder)
+        write_model_card(folder, record)
         # Freed before the saved one is loaded.
         del loaded, merged, to_save
         merged_result = check_merged(
