@@ -7,7 +7,7 @@ from typing import Any
 from advice_runs import FULL
 
 from finetune.training.findings import count_repeating
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 Settings = dict[str, Any]
 AS_PRINTED = "train.max_steps="

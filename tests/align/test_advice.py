@@ -9,7 +9,7 @@ import pytest
 from advice_cases import AS_PRINTED, FAULTS, MEASURES, Advice, Fault
 from advice_runs import Workshop
 
-from finetune.training.run_directory import Result
+from finetune.training.result import Result
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
