@@ -34,7 +34,7 @@ THOUGHT_LABELS = {
     "mask": "have thoughts, kept without loss (data.reasoning=mask)",
 }
 INSERTED_THOUGHTS = "have thoughts that this template leaves out, written where the model writes them"
-RANGES_PER_SUM = 2**14
+RANGES_PER_SUM = 2**11
 """Rows whose tokens are counted at a time."""
 
 OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
@@ -324,7 +324,8 @@ def count_trained(
     for first in range(0, len(starts), RANGES_PER_SUM):
         piece = slice(first, first + RANGES_PER_SUM)
         begin, end = int(starts[piece][0]), int(ends[piece][-1])
-        sums = np.concatenate([[0], np.cumsum(loss_mask[begin:end], dtype=np.int64)])
+        sums = np.zeros(end - begin + 1, dtype=np.int64)
+        np.cumsum(loss_mask[begin:end], out=sums[1:])
         counts[piece] = sums[ends[piece] - begin] - sums[starts[piece] - begin]
     return counts
 

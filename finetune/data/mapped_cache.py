@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from finetune.data.cache import unwritable_error
 Arrays = dict[str, np.ndarray]
 NOTES = "notes.json"
 """File of the notes and of the arrays' checksums."""
+CHUNK_BYTES = 32 << 20
+"""Bytes of an array that one thread hashes at a time."""
 
 
 def read_mapped(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
@@ -63,4 +66,9 @@ def _map_array(file: Path) -> np.ndarray:
 
 
 def _checksum(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()
+    """Return the digest of the digests of an array's chunks, which are hashed on all cores."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    chunks = [data[start : start + CHUNK_BYTES].data for start in range(0, len(data), CHUNK_BYTES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the interpreter's lock
+        digests = pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks)
+    return hashlib.sha256(b"".join(digests)).hexdigest()

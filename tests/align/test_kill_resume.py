@@ -36,7 +36,7 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return whole(recipe, tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_pain_05_resume_after_kill_is_bit_for_bit(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, seed: int
 ) -> None:

@@ -80,7 +80,7 @@ def check(recipe: Path, out: Path, seed: int) -> None:
     assert records[0]["rounds"] == records[1]["rounds"]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rejection_run_resumes_bit_for_bit(
     folder: Path, base_folder: Path, tmp_path: Path, seed: int
 ) -> None:

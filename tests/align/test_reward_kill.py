@@ -49,7 +49,7 @@ def check(recipe: Path, out: Path, seed: int) -> None:
     assert measured(out) == measured(reference_run)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_reward_run_resumes_bit_for_bit(
     rows: Path, base_folder: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""The first ten steps of every quickstart are those of the files here, to 1e-4.
+"""The first eight steps of every quickstart, at a low rate, are those of the files here, to 1e-4.
 
 ``pytest tests/golden_losses --renew-golden`` writes them anew, for a change of numerics that is meant.
 """

@@ -146,7 +146,7 @@ def test_force_retrains_bit_for_bit(call: Call, done: Path) -> None:
 
 
 def test_chat_answers_once(call: Call) -> None:
-    assert call("sft", "sums.yaml", "--out", "run", "train.learning_rate=1e-9")[0] == 0
+    assert call("sft", "sums.yaml", "--out", "run", "train.learning_rate=1e-6")[0] == 0
     ask = ("chat", "run", "--prompt", "Add the numbers.", "--max-new-tokens", "8")
     status, out, _ = call(*ask)
     assert status == 0 and out.strip()

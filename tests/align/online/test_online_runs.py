@@ -27,7 +27,7 @@ def checks_by_name(result):
 
 
 @pytest.mark.plots
-@both
+@pytest.mark.parametrize("stage", [pytest.param("rloo", marks=pytest.mark.slow), "grpo"])
 def test_reward_function_is_learned(tune, stage):
     result = tune(stage, train__max_steps=20, train__batch_size=16, train__evaluate_every=10)
     steps = [line for line in result.metrics if "loss" in line]

@@ -146,6 +146,7 @@ def _same(one: dict[str, float], two: dict[str, float], *, aside: tuple[str, ...
         assert math.isclose(one[key], two[key], rel_tol=1e-4, abs_tol=1e-5), (key, one[key], two[key])
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_two_processes_is_that_of_one(share: Share, scored: Result) -> None:
     two = share("reward", "reward-two", 2)
     close(scored, two)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_tokenizers import tokenizer
 
-from finetune.data import cache, pipeline
+from finetune.data import cache, mapped_cache, pipeline
 from finetune.data.dataset import prepare_conversations
 from finetune.data.mapped_cache import read_mapped, write_mapped
 from finetune.data.row_store import TextColumn
@@ -99,8 +99,10 @@ def test_pain_22_concurrent_processes_tokenize_rows_once(rows_file, monkeypatch)
     assert sorted(report.from_cache for report in reports) == [False, True, True, True]
 
 
+@pytest.mark.parametrize("chunk", [32 << 20, 256])  # one chunk of the array, and 16
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "notes"])
-def test_pain_22_a_damaged_entry_is_written_anew(tmp_path, damage):
+def test_pain_22_a_damaged_entry_is_written_anew(tmp_path, monkeypatch, damage, chunk):
+    monkeypatch.setattr(mapped_cache, "CHUNK_BYTES", chunk)
     path = tmp_path / "tokens" / "key"
     arrays = {"ids": np.arange(1000, dtype=np.int32), "empty": np.zeros(0, bool)}
     write_mapped(path, arrays, {"rows": 3})

@@ -140,7 +140,7 @@ def fragments(encoder):
     return st.lists(st.sampled_from([*full, *halves, *blanks]) | anything, max_size=5).map("".join)
 
 
-QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)

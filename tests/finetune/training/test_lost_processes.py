@@ -78,7 +78,7 @@ def workers(started: warm.Popen) -> dict[int, psutil.Process]:
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_with_another_number_of_processes(
     recipe_file: Path, tmp_path: Path, uninterrupted: Path, first: int, then: int
 ) -> None:
@@ -109,6 +109,7 @@ def test_a_killed_worker_stops_the_others_and_is_named(
     assert_equal_runs(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_workers_exit_with_the_launcher(recipe_file: Path, tmp_path: Path) -> None:
     started = start_run(recipe_file, tmp_path / "run", 2, forks=False)
     running = list(workers(started).values())

@@ -63,7 +63,16 @@ def single_process_run(make_recipe: MakeRecipe) -> Result:
     return run_on_processes(make_recipe, "one", 1, **UNEVEN)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        pytest.param("zero1", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=pytest.mark.slow),
+        "zero3",
+        "fsdp2",
+    ],
+)
 def test_two_processes_match_one(make_recipe: MakeRecipe, single_process_run: Result, strategy: str) -> None:
     two = run_on_processes(make_recipe, "two", 2, strategy, **UNEVEN)
     assert_close_runs(single_process_run, two)
