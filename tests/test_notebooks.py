@@ -12,7 +12,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize(
-    ("epochs", "lowest"), [(10, 15), pytest.param(30, 70, marks=pytest.mark.slow)], ids=["shortened", "as it is"]
+    ("epochs", "lowest"),
+    [(10, 15), pytest.param(30, 70, marks=pytest.mark.slow)],
+    ids=["shortened", "as it is"],
 )
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_learns(path: Path, epochs: int, lowest: int, tmp_path: Path) -> None:
