@@ -70,7 +70,7 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
-        fail("interrupted. The same command goes on from the last checkpoint, if there is one", INTERRUPTED)
+        fail("interrupted. The same command resumes from the last checkpoint, if there is one", INTERRUPTED)
 
 
 def _fail_with_problems(error: UserError) -> NoReturn:

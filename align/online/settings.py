@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
+from align.rl.rewards.settings import REWARD_RULES
 from align.rl.settings import RLSettings, SamplingSettings
 from align.shared_rules import RL_EXACT_MATCH, RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule, is_set
@@ -99,7 +99,6 @@ class OnlineSettings(RLSettings):
     """Prompts, rewards, sampling, training; the loss is the stage's own section."""
 
     train: OnlineTrainSettings = OnlineTrainSettings()
-    rewards: RewardsSettings = RewardsSettings()
     sampling: GroupSamplingSettings = GroupSamplingSettings()
 
 

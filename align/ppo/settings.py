@@ -4,7 +4,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import RLSettings
 from finetune.recipe.settings import (
     MAX_FLOAT,
@@ -137,7 +136,6 @@ class Settings(RLSettings):
     """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
 
     train: PPOTrainSettings = PPOTrainSettings()
-    rewards: RewardsSettings = RewardsSettings()
     ppo: PPOSettings = PPOSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     stop: StopSettings = StopSettings()

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
+from align.rl.rewards.settings import REWARD_RULES
 from align.rl.settings import RLSettings
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
@@ -47,7 +47,6 @@ class RejectionSettings(Section):
 class Settings(RLSettings):
     """Prompts, rewards, sampling and selection; ``train`` applies to each round."""
 
-    rewards: RewardsSettings = RewardsSettings()
     rejection: RejectionSettings = RejectionSettings()
 
 

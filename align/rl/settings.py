@@ -1,9 +1,10 @@
-"""Recipe sections shared by the RL stages: prompts and sampling."""
+"""Recipe sections shared by the RL stages: prompts, rewards and sampling."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from align.rl.rewards.settings import RewardsSettings
 from finetune.recipe.settings import AtLeastTwo, DataSettings, PositiveInt, Section, StageSettings
 
 
@@ -47,6 +48,7 @@ class RLSettings(StageSettings):
     """The sections of all RL stages."""
 
     data: PromptSettings = PromptSettings()
+    rewards: RewardsSettings = RewardsSettings()
     sampling: SamplingSettings = SamplingSettings()
 
     @property

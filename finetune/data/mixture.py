@@ -100,13 +100,13 @@ def draw_groups(groups: NDArray[np.int64], count: int, rng: np.random.Generator)
     )
     # In the order in which groups occur, so that their numbers do not matter.
     by_first = np.argsort(first, kind="stable")
-    drawn, num_rows = np.zeros(len(sizes), dtype=bool), 0
+    chosen, num_rows = np.zeros(len(sizes), dtype=bool), 0
     # Greedy: a group with more rows than are still wanted is skipped.
     for index in by_first[rng.permutation(len(by_first))]:
         if num_rows + sizes[index] <= count:
-            drawn[index] = True
+            chosen[index] = True
             num_rows += int(sizes[index])
-    return drawn[group_of_row]
+    return chosen[group_of_row]
 
 
 def _require_training_rows(components: Sequence[MixtureComponent[Any]], remaining: Sequence[int]) -> None:

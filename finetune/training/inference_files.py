@@ -95,7 +95,12 @@ def trained_chat_template(encoder: Encoder) -> tuple[str | None, str]:
 
 
 def untrained_chat_template(ctx: RunContext, encoder: Encoder) -> list[str]:
-    """Return a line for the user if the base has a chat template of its own and another one is trained."""
+    """Return a line for the user if the base has a chat template of its own and another one is trained.
+
+    A run that starts from another one has that run's template.
+    """
+    if ctx.settings.model.init_from is not None:
+        return []
     has_own = encoder.tokenizer.chat_template and encoder.name != "tokenizer"
     if not has_own or ctx.settings.data.text_format is not None or renders_run_template(encoder):
         return []

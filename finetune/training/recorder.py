@@ -17,6 +17,8 @@ from finetune.training.metrics import as_recorded
 from finetune.training.run_directory import RunDirectory
 
 PROGRESS_LINES = 10
+LINE_SECONDS = 20.0
+"""Seconds after which a run's output shows its step in any case."""
 MEAN_LOSS_KEY = "train_loss"
 """The engine's last log entry: the mean loss over all steps, also those between two log entries."""
 
@@ -48,6 +50,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             disable=not console.is_terminal,
         )
         self.started = 0.0
+        self.last_line = 0.0
         self.first_step = 0
 
     def on_train_begin(
@@ -61,7 +64,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         # Resumed in the middle of an epoch, the engine would run one more step before it checks max_steps.
         if state.global_step >= state.max_steps:
             raise AlreadyTrained
-        self.started = time.monotonic()
+        self.started = self.last_line = time.monotonic()
         self.first_step = state.global_step
         self.task = self.progress.add_task(
             "", total=state.max_steps, completed=state.global_step, loss="-", rate=""
@@ -129,14 +132,14 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         return f"{(state.global_step - self.first_step) / max(seconds, 1e-9):.2f} steps/s"
 
     def _print_progress(self, state: TrainerState, loss: float) -> None:
-        """Print progress about ten times per run where there is no terminal for the bar."""
-        every = max(1, state.max_steps // PROGRESS_LINES)
-        if self.console.is_terminal or (state.global_step % every and state.global_step != state.max_steps):
+        """Print progress where there is no terminal for the bar: ten times per run, or after some seconds."""
+        every, now = max(1, state.max_steps // PROGRESS_LINES), time.monotonic()
+        is_due = state.global_step % every == 0 or state.global_step == state.max_steps
+        if self.console.is_terminal or not (is_due or now - self.last_line >= LINE_SECONDS):
             return
+        self.last_line = now
         done = state.global_step - self.first_step
-        seconds_left = (
-            (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        )
+        seconds_left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
         position = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}"
         text = f"{position}  {self._rate(state)}  {seconds_left:.0f} s left"
         self.console.print(text, highlight=False)

@@ -45,10 +45,10 @@ COMMAND_LINES = {
     ),
     "unknown section": (
         words("trian.epochs=2"),
-        ["trian.epochs", "unknown section", "did you mean 'train'?"],
+        ["trian.epochs", "`epochs` is `train.epochs` here", "train.epochs=2"],
     ),
     "unknown key": (words("train.epoch=2"), ["train.epoch", "unknown key", "did you mean 'epochs'?"]),
-    "no section": (words("epochs=2"), ["'epochs' (command line)", "section.key=value"]),
+    "no section": (words("epochs=2"), ["epochs (command line)", "`epochs` is `train.epochs` here"]),
     "number in words": (words("train.epochs=two"), ["train.epochs", "'two'", "a number above 0"]),
     "negative number": (
         words("train.max_steps=-1"),
@@ -193,7 +193,7 @@ RECIPES = {
     ),
     "value for a section": (
         recipe("adapter: {method: lora, rank: 2}", "adapter: lora"),
-        ["adapter", "'lora'"],
+        ["adapter", "`adapter` is `adapter.method` here", "adapter.method=lora"],
     ),
 }
 

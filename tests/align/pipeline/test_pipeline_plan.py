@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "no setting": (
         "stages:\n  sft: {recipe: sft/small, set: {epochs: 2}}\n",
-        ("stage sft: 'epochs' (own.yaml:2): invalid override",),
+        ("stage sft: epochs (own.yaml:2): `epochs` is `train.epochs` here",),
     ),
     "start and from": (
         "stages:\n  sft: {recipe: sft/small}\n"

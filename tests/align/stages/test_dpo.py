@@ -148,7 +148,7 @@ BAD = {
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
     "data.packing=true": ["data.packing", "already share a row"],
     "dpo.max_chosen_logp_drop=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
-    "train.beta=0.1": ["train.beta", "unknown key"],
+    "train.beta=0.1": ["train.beta", "`beta` is `dpo.loss.beta` here"],
     "data.source.x=1": ["'data.source.x'", "invalid override"],
 }
 

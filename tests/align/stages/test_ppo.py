@@ -99,7 +99,7 @@ def reinforce(recipe: Recipes) -> Runs:
 def test_a_grader_s_file_is_executed_once(reinforce: Runs, tmp_path: Path) -> None:
     log, file = tmp_path / "executed", tmp_path / "grader.py"
     file.write_text(
-        f"open({str(log)!r}, 'a').write('executed\\n')\n\n\ndef judge(prompt, reply):\n    return 1.0\n"
+        f"open({str(log)!r}, 'a').write('executed\\n')\n\n\ndef judge(prompt, completion):\n    return 1.0\n"
     )
     result = reinforce(train__max_steps=1, evaluate__graders={"judge": f"{file}:judge"}, evaluate__samples=0)
     assert log.read_text() == "executed\n"

@@ -121,7 +121,7 @@ def test_a_corrupt_file_is_named(name: str, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"adapter/{name}: checksum mismatch") as caught:
         load_adapter_weights(build("ptuning", base_of("llama")), run)
-    assert "`llm-align sft a --force` repeats the run" in str(caught.value)
+    assert f"train it again in another folder: `llm-align sft a --out {run}-again`" in str(caught.value)
 
 
 def test_an_adapter_of_other_shapes_is_rejected(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_counts_and_shapes_match_transformers(name: str) -> None:
 
 
 def test_unknown_types_are_refused_with_a_repair() -> None:
-    with pytest.raises(UserError, match=r"type 'mamba2'.*\n.*llama, mistral.*\n.*train.max_steps=3"):
+    with pytest.raises(UserError, match=r"type 'mamba2'.*\n.*llama, .*mistral.*\n.*train.max_steps=3"):
         Architecture.from_config({"model_type": "mamba2"})
 
 

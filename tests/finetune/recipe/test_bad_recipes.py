@@ -332,7 +332,10 @@ def test_an_error_in_a_union_is_reported_once(workspace):
     ("text", "suggestion"),
     [
         ("model: {base: ./outer}\ndata: {source: a/b}\n", "did you mean 'outer/checkpoint'?"),
-        ("model: {base: ./adapted}\ndata: {source: a/b}\n", "it is an adapter: merge it first"),
+        (
+            "model: {base: ./adapted}\ndata: {source: a/b}\n",
+            "it is an adapter: --from adapted trains",
+        ),
     ],
 )
 def test_a_folder_without_config_gets_a_hint(workspace, text, suggestion):

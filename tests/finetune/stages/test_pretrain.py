@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from align import cli
+from finetune.data.tokens import Encoder
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.errors import UserError
@@ -109,7 +110,9 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
     uninterrupted = read("whole", data__packing=True)
     train_to_the_end = fit.fit
 
-    def interrupted_fit(ctx: RunContext, trainer: Any, policy: nn.Module, spec: MetricSpec) -> Any:
+    def interrupted_fit(
+        ctx: RunContext, trainer: Any, policy: nn.Module, encoder: Encoder, spec: MetricSpec
+    ) -> Any:
         step = trainer.training_step
 
         def first_steps(*args: Any) -> Any:
@@ -118,7 +121,7 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
             return step(*args)
 
         trainer.training_step = first_steps
-        return train_to_the_end(ctx, trainer, policy, spec)
+        return train_to_the_end(ctx, trainer, policy, encoder, spec)
 
     monkeypatch.setattr(fit, "fit", interrupted_fit)
     with pytest.raises(Interrupted, match="at step 4"):

@@ -72,7 +72,8 @@ def test_an_unmerged_run_is_refused_as_a_base(tune: Tune, make_recipe: MakeRecip
     assert str(error.value) == (
         f"model.base (command line): run '{first.directory}' has an adapter, but no merged model\n"
         "    expected: a run with a model: model/ (after full tuning) or merged/\n"
-        f"    repair:   llm-align merge {first.directory}"
+        f"    repair:   `--from {first.directory}` trains its adapter further; "
+        f"`llm-align merge {first.directory}` makes a base of it"
     )
     merge_run(first.directory)
     assert resolve_base(str(first.directory)) == str(first.directory / MERGED)
