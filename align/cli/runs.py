@@ -26,7 +26,7 @@ def print_summary(result: Result) -> None:
     """Print the summary of a finished run."""
     console = Terminal()
     for label, value in result.record["summary"].items():
-        console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
+        console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False, soft_wrap=True)
     if metrics := result.record.get("classification", {}).get("after"):
         print_classification(metrics, console)
     if result.samples:

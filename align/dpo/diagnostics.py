@@ -8,10 +8,10 @@ functions of metrics and texts.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from finetune.evaluation.small_samples import FEW_CASES, describe_sample, is_conclusive, wilson_interval
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.small_samples import FEW_CASES, describe_sample, is_conclusive, wilson_interval
 
 DPO_CURVES = {
     "loss": "training loss (mean per group)",
@@ -120,7 +120,7 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
     if margins is None or accuracies is None:
         return None
     (first, last), (before, after) = margins, accuracies
-    evidence = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
+    evidence = f"margin {first:z.3f} → {last:z.3f}, accuracy {before:.0%} → {after:.0%}"
     margin_gain, accuracy_gain = last - first, after - before
     if count := inputs.num_held_out:
         evidence = f"{evidence} on {describe_sample(before, after, count)}"

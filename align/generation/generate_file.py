@@ -14,7 +14,7 @@ from align.generation.prompt_file import PromptFile, PromptRow, read_prompts
 from align.generation.settings import GenerateSettings, check_labels, unknown_labels
 from finetune.data.files import Source, source_fingerprint
 from finetune.evaluation.classification import classification_metrics
-from finetune.evaluation.statistics import wilson_interval
+from finetune.evaluation.small_samples import wilson_interval
 from finetune.recipe.discovery import local_path
 from finetune.recipe.errors import Problem, UserError
 

@@ -6,10 +6,10 @@ from math import log
 
 from align.ppo.settings import PPOSettings, Settings
 from align.rl.first_completions import ENDINGS_REPAIR, MIN_EOS_RATE
+from finetune.evaluation.small_samples import FEW_CASES
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
-from finetune.training.small_samples import FEW_CASES
 
 RunMetrics = Mapping[str, float]
 PPO_COMPLETION_CURVES = {

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evaluation.statistics import FloatArray, calibration_error, wilson_interval
+from finetune.evaluation.small_samples import wilson_interval
+from finetune.evaluation.statistics import FloatArray, calibration_error
 
 HISTOGRAM_BINS = 30
 """Bins of the score histogram."""

@@ -19,7 +19,7 @@ from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, match_layout, wi
 from finetune.data.readers import SourceRow
 from finetune.data.rows import parse_rows
 from finetune.data.sources import read_source
-from finetune.evaluation.statistics import wilson_interval
+from finetune.evaluation.small_samples import wilson_interval
 from finetune.recipe.disk import OUTPUT_REPAIR, writing
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_rows import from_python

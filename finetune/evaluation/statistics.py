@@ -1,9 +1,7 @@
-"""Statistics of proportions in numpy: Wilson interval, reliability curve and expected calibration error."""
+"""Calibration of probabilities: reliability curve and expected calibration error."""
 
 import numpy as np
 from numpy.typing import NDArray
-
-from finetune.training.small_samples import wilson_interval as wilson_interval
 
 FloatArray = NDArray[np.float64]
 NUM_BINS = 10

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from finetune.training.small_samples import is_conclusive
+from finetune.evaluation.small_samples import is_conclusive
 
 PHRASE_WORDS, MIN_REPEATS = 4, 3
 """A completion repeats itself if a phrase of 4 words occurs 3 times."""

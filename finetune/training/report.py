@@ -12,11 +12,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from finetune.evaluation.small_samples import describe_sample
 from finetune.recipe.visible_text import visible_value
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import HELD_OUT, ROLLOUTS, RunDirectory
-from finetune.training.small_samples import describe_sample
 
 EVIDENCE = {
     ROLLOUTS: "sampled in training, with their rewards",
@@ -42,7 +42,9 @@ def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[s
     for key, (label, style) in summary_metrics.items():
         before, after = (metrics.get(f"{key}_{when}") for when in ("before", "after"))
         if before is not None and after is not None:
-            summary[label] = f"{before:{style}} → {after:{style}}{_sample_note(record, key, before, after)}"
+            note = _sample_note(record, key, before, after)
+            # z: a margin of -0.0001 is not shown as -0.000
+            summary[label] = f"{before:z{style}} → {after:z{style}}{note}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     if "train" in record["seconds"]:  # absent if a run resumes after its last step
         summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"

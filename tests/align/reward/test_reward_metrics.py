@@ -13,7 +13,7 @@ from align.reward.metrics import (
     pair_comparisons,
     spearman,
 )
-from finetune.evaluation.statistics import wilson_interval
+from finetune.evaluation.small_samples import wilson_interval
 
 
 def scored(rewards: list[float], ranks: list[int], lengths: list[int], sizes: list[int]) -> ScoredComparisons:

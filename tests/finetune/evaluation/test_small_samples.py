@@ -7,11 +7,12 @@ import pytest
 from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
 from align.ppo.diagnostics import diagnose_ppo
 from align.ppo.settings import PPOSettings
-from finetune.training import curve_findings, small_samples
+from finetune.evaluation import small_samples
+from finetune.evaluation.small_samples import change_interval, describe_sample, is_conclusive
+from finetune.training import curve_findings
 from finetune.training.curve_findings import end_means
 from finetune.training.findings import repetition_finding
 from finetune.training.report import run_summary
-from finetune.training.small_samples import change_interval, describe_sample, is_conclusive
 
 
 def test_the_examples_in_the_docstrings() -> None:
