@@ -178,7 +178,7 @@ def test_ctrl_c_exits_with_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("align.cli.stage_commands.run", interrupted)
     status, _, err = call("sft", "sums.yaml")
     assert status == 130
-    expected = "llm-align: interrupted. The same command goes on from the last checkpoint, if there is one"
+    expected = "llm-align: interrupted. The same command resumes from the last checkpoint, if there is one"
     assert err.strip() == expected
 
 
