@@ -68,7 +68,7 @@ generate: $(READY)  ## answer every row of a file: make generate RUN=runs/... DA
 merge: $(READY)  ## merge a run's adapter into its base: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
-test: $(READY)  ## run the tests, about 8 minutes
+test: $(READY)  ## run the tests, about 10 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(READY)  ## run all tests, including the slow ones
