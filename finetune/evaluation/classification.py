@@ -34,7 +34,7 @@ class Classification(TypedDict):
         majority: share of the most frequent class, the accuracy of always choosing it.
         macro_f1: mean F1 of the classes that occur, as labels of rows or as predictions.
         calibration_error: ECE of the probability of the chosen label.
-        reliability: the bins behind it.
+        reliability: its bins.
         classes: metrics of each class, those of the choices first.
         confusion: rows by class (axis 0) and choice (axis 1).
     """

@@ -363,7 +363,7 @@ def record_held_out(ctx: "RunContext", method: Method, trainer: "Trainer", when:
 
 
 def num_held_out_cases(ctx: "RunContext", method: Method) -> int:
-    """Return the held-out cases behind a metric: all held-out rows, or the prompts that RL samples from."""
+    """Return the number of held-out cases: all held-out rows, or the prompts that RL samples from."""
     count = 0 if method.data.held_out is None else len(method.data.held_out)
     is_sampled = method.metric_spec.main != "loss"
     return min(count, ctx.settings.evaluate.grader_rows) if is_sampled else count
