@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align.preference.groups import ForwardCost, GroupBatch, GroupCollator
 from align.preference.rows.dataset import TokenizedGroup
 from align.reward.model import completion_scores
-from finetune.evaluation.statistics import FloatArray
+from finetune.evaluation.calibration import FloatArray
 
 ABSENT = -1
 """Rank of a padded completion."""

@@ -15,7 +15,7 @@ from align.reward.metrics import ScoredComparisons, comparison_metrics
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard_padded, unshard
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.evaluation.statistics import FloatArray
+from finetune.evaluation.calibration import FloatArray
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.metric_specs import When
 from finetune.training.run_directory import SAMPLES, RunDirectory

@@ -9,8 +9,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.evaluation.calibration import FloatArray, calibration_error
 from finetune.evaluation.small_samples import wilson_interval
-from finetune.evaluation.statistics import FloatArray, calibration_error
 
 
 class ClassMetrics(TypedDict):

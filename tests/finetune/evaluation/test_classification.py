@@ -9,7 +9,7 @@ from finetune.evaluation.classification import (
     most_confused,
 )
 from finetune.evaluation.classification_tables import classification_summary, classification_tables
-from finetune.evaluation.statistics import calibration_error
+from finetune.evaluation.calibration import calibration_error
 
 
 def chosen(choices: str, labels: str, confidence: float = 0.9) -> np.ndarray:
