@@ -36,9 +36,19 @@ class Metric:
     best: float | None = None
 
 
-def mean_of(value: str) -> Callable[[Totals], FloatArray]:
+@dataclass(frozen=True)
+class Mean:
+    """The function of a metric that is a mean: of a value, over the items that have it."""
+
+    value: str
+
+    def __call__(self, totals: Totals) -> FloatArray:
+        return totals[self.value] / totals[f"n:{self.value}"]
+
+
+def mean_of(value: str) -> Mean:
     """Return the function of a metric that is the mean of a value over the items that have it."""
-    return lambda totals: totals[value] / totals[f"n:{value}"]
+    return Mean(value)
 
 
 ACCURACY = Metric("accuracy", mean_of(SCORE))
