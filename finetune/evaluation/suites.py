@@ -77,14 +77,12 @@ class NamedSuite:
     @property
     def layout(self) -> ModuleType | None:
         """Return the module of its layout."""
-        name = self.settings.data.layout
-        return load_plugin(LAYOUTS, name, where=f"{self.path}: data.layout") if name else None
+        return _load_layout(self.settings.data.layout, where=str(self.path))
 
     @property
     def metrics(self) -> Sequence[Metric]:
         """Return its metrics, the headline first."""
-        own: Sequence[Metric] | None = getattr(self.layout, "METRICS", None)
-        return own or TASK_METRICS[self.settings.task]
+        return _metrics(self.layout, self.settings.task)
 
     @property
     def item_values(self) -> Callable[[EvalItem, Any], Mapping[str, float]] | None:
@@ -109,6 +107,21 @@ TASK_METRICS: Mapping[Task, Sequence[Metric]] = {
     "preference": (Metric("win rate", mean_of("score"), best=0.5),),
 }
 LN_2 = 0.6931471805599453
+
+
+def metrics_of(settings: Mapping[str, Any]) -> Sequence[Metric]:
+    """Return a suite's metrics, the headline first, from settings as plain values (``SuiteResult``)."""
+    layout = settings.get("data", {}).get("layout")
+    return _metrics(_load_layout(layout, where="suite"), settings["task"])
+
+
+def _load_layout(name: str | None, *, where: str) -> ModuleType | None:
+    return load_plugin(LAYOUTS, name, where=f"{where}: data.layout") if name else None
+
+
+def _metrics(layout: ModuleType | None, task: Task) -> Sequence[Metric]:
+    own: Sequence[Metric] | None = getattr(layout, "METRICS", None)
+    return own or TASK_METRICS[task]
 
 
 def suite_names() -> dict[str, Path]:
