@@ -6,7 +6,8 @@ from math import log
 
 from align.ppo.settings import PPOSettings, Settings
 from align.rl.first_completions import ENDINGS_REPAIR, MIN_EOS_RATE
-from finetune.evaluation.small_samples import FEW_CASES
+from align.rl.reward_finding import reward_finding
+from finetune.evaluation.small_samples import FEW_CASES, MeanChange
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
@@ -55,8 +56,7 @@ PPO_FIRST_LAST_METRICS = (
     "value/explained_variance",
 )
 """Training metrics that run.json records for the first and the last rollouts."""
-MIN_REWARD_GAIN = 0.02
-"""Rise of the held-out reward (standard deviation 1) below which nothing was learned."""
+RAISE_GAIN = "raise train.learning_rate, lower ppo.kl_coef, or train longer"
 MAX_GRADER_DROP = 0.05
 """Fall of a grader's mean from which the reward no longer measures what it should."""
 PPO_LARGE_KL = 25.0
@@ -97,7 +97,12 @@ def ppo_metric_spec(settings: Settings) -> MetricSpec:
 
 
 def diagnose_ppo(
-    metrics: RunMetrics, completions: Sequence[tuple[str, str]], ppo: PPOSettings, *, num_held_out: int
+    metrics: RunMetrics,
+    completions: Sequence[tuple[str, str]],
+    ppo: PPOSettings,
+    *,
+    num_held_out: int,
+    reward: MeanChange | None,
 ) -> list[Finding]:
     """Return the findings of a run, most important first.
 
@@ -106,9 +111,9 @@ def diagnose_ppo(
         completions: pairs of completions of the same prompt, before and after training.
         ppo: the recipe's hyperparameters, for the advice.
         num_held_out: completions in each mean over held-out prompts.
+        reward: the change of the held-out reward; None without held-out prompts.
     """
     diagnostics: tuple[Callable[[RunMetrics, PPOSettings], Finding | None], ...] = (
-        _reward_gain,
         _grader_change,
         partial(_kl_to_reference, num_completions=num_held_out),
         _reference_perplexity,
@@ -118,7 +123,9 @@ def diagnose_ppo(
     )
     findings = [diagnostic(metrics, ppo) for diagnostic in diagnostics]
     if 0 < num_held_out < FEW_CASES:
-        findings[:2] = [_of_few_prompts(finding, num_held_out) for finding in findings[:2]]
+        findings[0] = _of_few_prompts(findings[0], num_held_out)
+    if reward is not None:
+        findings.insert(0, reward_finding(reward, raise_gain=RAISE_GAIN))
     findings.append(
         repetition_finding(completions, "raise ppo.kl_coef, lower train.learning_rate, or train shorter")
     )
@@ -139,21 +146,6 @@ def _before_and_after(metrics: RunMetrics, metric: str) -> tuple[float, float] |
     if any(key not in metrics for key in keys):
         return None
     return metrics[keys[0]], metrics[keys[1]]
-
-
-def _reward_gain(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
-    reward = _before_and_after(metrics, "objective/reward")
-    if reward is None:
-        return None
-    before, after = reward
-    evidence = f"held-out {before:.3f} → {after:.3f}"
-    if after - before <= -MIN_REWARD_GAIN:
-        action = "lower train.learning_rate"
-        return Finding("reward", evidence, "the policy earns a lower reward than before", action)
-    if after - before < MIN_REWARD_GAIN:
-        action = "raise train.learning_rate, lower ppo.kl_coef, or train longer"
-        return Finding("reward", evidence, "almost nothing was learned", action)
-    return Finding("reward", evidence, "the policy earns a higher reward")
 
 
 def _grader_change(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:

@@ -10,9 +10,12 @@ from align.rejection.selection import Candidate, mean_best_of_n
 from align.rejection.settings import Settings
 from align.rl.completions import KeepGraded
 from align.rl.prompts import Prompts
+from align.rl.reward_finding import reward_finding
 from align.rl.rewards.rewards import RewardScores
 from align.rl.rollout_log import replace_rollouts, rollout_entries
 from data_templates.segments import Message
+from finetune.evaluation.small_samples import MeanChange
+from finetune.training.findings import Finding
 from finetune.training.generation_eval import Graders, mean_grade
 from finetune.training.held_out_file import graded_entry
 from finetune.training.metric_specs import Diagnostics, MetricSpec
@@ -23,6 +26,7 @@ from finetune.training.samples import prompt_text
 
 MAX_EQUAL_REWARD_FRACTION = 0.5
 """Fraction of prompts with equal rewards from which the selection is mostly arbitrary."""
+RAISE_GAIN = "raise train.learning_rate or rejection.num_generations"
 ROUND_COLUMNS = {
     "prompts": ("prompts", ",d"),
     "completions": ("completions", ",d"),
@@ -87,6 +91,11 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
         ]
         rows.append(["start" if round_index == "0" else round_index, *cells])
     return Diagnostics(tables={"Rounds": rows})
+
+
+def diagnose_rejection(reward: MeanChange | None) -> list[Finding]:
+    """Return the findings of a run: the change of the held-out reward; empty without held-out prompts."""
+    return [] if reward is None else [reward_finding(reward, raise_gain=RAISE_GAIN)]
 
 
 def equal_reward_fraction(candidates: Sequence[Candidate]) -> float:

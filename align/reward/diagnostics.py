@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align.reward.settings import Settings
+from finetune.evaluation.small_samples import wilson_interval
+from finetune.training.findings import Finding
 from finetune.training.metric_specs import Diagnostics, MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
 
@@ -20,6 +22,8 @@ REWARD_CURVES = {
     "eval/rewards/accuracies": "held-out accuracy",
     "eval/rewards/margins": "held-out margin",
 }
+CHANCE, USEFUL_ACCURACY = 0.5, 0.6
+"""Accuracy of a coin; and, our choice, one below which a reward model is of no use."""
 TABLE_HEADER: tuple[str, ...] = (
     *("", "comparisons", "accuracy", "95 % interval", "loss", "margin"),
     *("calibration error", "longest wins", "length correlation"),
@@ -39,6 +43,31 @@ def reward_metric_spec(settings: Settings) -> MetricSpec:
         f"{EVAL_PREFIX}rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads
     }
     return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics, generates=False)
+
+
+def diagnose_reward(metrics: Mapping[str, float], num_held_out: int) -> list[Finding]:
+    """Return the finding on held-out accuracy against chance; empty without held-out comparisons.
+
+    Args:
+        metrics: the metrics of run.json.
+        num_held_out: held-out comparisons; a ranked list counts once, its comparisons are not independent.
+    """
+    accuracy = metrics.get("eval/rewards/accuracies_after")
+    if accuracy is None or not num_held_out:
+        return []
+    low, high = wilson_interval(accuracy, num_held_out)
+    evidence = (
+        f"held-out {accuracy:.1%} of {num_held_out:,} comparisons (95 % interval {low:.0%} to {high:.0%})"
+    )
+    if low > CHANCE:
+        return [Finding("accuracy", evidence, "better than chance")]
+    if high < CHANCE:
+        action = "are `chosen` and `rejected` exchanged in some rows?"
+        return [Finding("accuracy", evidence, "worse than chance", action)]
+    if high < USEFUL_ACCURACY:
+        action = "raise train.learning_rate, train longer, or more comparisons"
+        return [Finding("accuracy", evidence, "no better than chance", action)]
+    return [Finding("accuracy", evidence, "too few held-out comparisons to tell it from chance")]
 
 
 def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:

@@ -168,12 +168,17 @@ class PPO:
         """Return findings on reward, graders, KL, length, diversity and updates."""
         from align.ppo.diagnostics import diagnose_ppo
         from align.rl.rollout_log import equal_rewards_finding
+        from finetune.training.held_out_file import reward_change
 
         run = self.ctx.run
         completions = [(entry["before"], entry["after"]) for entry in run.samples()]
         num_held_out = len(self._held_out_prompts())
         findings = diagnose_ppo(
-            run.record["metrics"], completions, self.ctx.settings.ppo, num_held_out=num_held_out
+            run.record["metrics"],
+            completions,
+            self.ctx.settings.ppo,
+            num_held_out=num_held_out,
+            reward=reward_change(run),
         )
         equal = equal_rewards_finding(run, self.models.rewards.names)
         # With equal rewards nothing else has a cause of its own.

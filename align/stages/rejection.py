@@ -43,10 +43,12 @@ def run(ctx: RunContext[Settings]) -> None:
         Interrupted: a signal arrived; completions are stored, a checkpoint is saved.
         NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
+    from align.rejection.diagnostics import diagnose_rejection
     from align.rejection.rounds import load_round_policies, save_last_round
     from align.rl.prompts import load_prompts
     from align.rl.rollout_log import equal_rewards_finding
     from finetune.training.generation_eval import GenerationEvals
+    from finetune.training.held_out_file import reward_change
     from finetune.training.loading import load_text_encoding
     from finetune.training.stage import report_findings
 
@@ -68,7 +70,9 @@ def run(ctx: RunContext[Settings]) -> None:
         save_last_round(ctx)
         evals.run(ctx.run, method.generate_with(last_round + 1), "after")
         equal = equal_rewards_finding(ctx.run, policies.rewards.names)
-        report_findings(ctx, method.metric_spec, [] if equal is None else [equal])
+        # With equal rewards nothing else has a cause of its own.
+        findings = diagnose_rejection(reward_change(ctx.run)) if equal is None else [equal]
+        report_findings(ctx, method.metric_spec, findings)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from align.reward.diagnostics import reward_metric_spec
+from align.reward.diagnostics import diagnose_reward, reward_metric_spec
 from align.reward.settings import RULES as RULES
 from align.reward.settings import Settings, head_indices
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from align.reward.evaluation import RewardEvaluator
     from align.reward.trainer import RewardObjective
     from finetune.training.context import RunContext
+    from finetune.training.findings import Finding
     from finetune.training.metric_specs import MetricSpec, When
     from finetune.training.model import Policy, TextEncoding
     from finetune.training.stage import Method
@@ -208,3 +209,9 @@ class RewardModeling:
             self.evaluator.record_normalization(self.ctx.run)
         num_samples = self.ctx.settings.evaluate.samples
         return self.evaluator.record(self.ctx.run, self.text.encoder, when, samples=num_samples)
+
+    def diagnose(self) -> list[Finding]:
+        """Return the finding on held-out accuracy."""
+        held_out = self.data.held_out
+        metrics = self.ctx.run.record["metrics"]
+        return diagnose_reward(metrics, 0 if held_out is None else len(held_out))

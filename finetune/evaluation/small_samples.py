@@ -1,6 +1,9 @@
-"""How much a small sample says: intervals of proportions, and changes that are too few to tell."""
+"""How much a small sample says: intervals of proportions and of changes, and what is too few to tell."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
+from statistics import fmean, pstdev, stdev
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -50,6 +53,58 @@ def is_conclusive(before: float, after: float, count: int) -> bool:
     """Return whether a proportion has changed by more than chance explains."""
     low, high = change_interval(before, after, count)
     return low > 0 or high < 0
+
+
+@dataclass(frozen=True)
+class MeanChange:
+    """Change of a mean over the same cases, with its 95 % interval: the change plus or minus ``half_width``.
+
+    Attributes:
+        before: mean before.
+        after: mean after.
+        count: number of cases.
+        std: standard deviation of the cases before.
+        half_width: 1.96 standard errors of the mean difference of a case; 0 for a single case.
+    """
+
+    before: float
+    after: float
+    count: int
+    std: float
+    half_width: float
+
+    @property
+    def gain(self) -> float:
+        """Return after minus before."""
+        return self.after - self.before
+
+    @property
+    def is_conclusive(self) -> bool:
+        """Return whether the mean has changed by more than chance explains, on enough cases."""
+        return self.count >= FEW_CASES and abs(self.gain) > self.half_width
+
+    def describe(self) -> str:
+        """Return the change with its interval, and in standard deviations, for one line.
+
+        >>> MeanChange(1.0, 1.5, 64, std=2.0, half_width=0.25).describe()
+        '1.000 → 1.500 (+0.500 ± 0.250 on 64 prompts; +0.25 standard deviations)'
+        """
+        scale = f"; {self.gain / self.std:+.2f} standard deviations" if self.std else ""
+        prompts = f"{self.count} prompt{'s' if self.count != 1 else ''}"
+        interval = f"{self.gain:+.3f} ± {self.half_width:.3f}" if self.count > 1 else f"{self.gain:+.3f}"
+        return f"{self.before:.3f} → {self.after:.3f} ({interval} on {prompts}{scale})"
+
+
+def paired_change(before: Sequence[float], after: Sequence[float]) -> MeanChange:
+    """Return the change of the mean between two measurements of the same cases.
+
+    >>> change = paired_change([0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 3.0, 3.0])
+    >>> change.before, change.after, round(change.half_width, 4)
+    (1.5, 2.0, 0.5658)
+    """
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return MeanChange(fmean(before), fmean(after), len(before), pstdev(before), Z_95 * error)
 
 
 def describe_sample(before: float, after: float, count: int) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, BeforeValidator, Field
+
+from finetune.recipe.python_values import instance_schema, text_json_schema
 
 UNNAMED = "function"
 TEXT_START, TEXT_END = "<function ", " given in Python>"
@@ -62,17 +62,8 @@ class PythonFunction:
     def __deepcopy__(self, memo: object) -> "PythonFunction":
         return self
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        as_text = core_schema.plain_serializer_function_ser_schema(str, when_used="json")
-        return core_schema.is_instance_schema(cls, serialization=as_text)
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        # In a recipe file, functions are named by a text.
-        return {"type": "string"}
+    __get_pydantic_core_schema__: ClassVar[Any] = classmethod(instance_schema)
+    __get_pydantic_json_schema__: ClassVar[Any] = classmethod(text_json_schema)
 
 
 def function_from_python(value: Any) -> Any:

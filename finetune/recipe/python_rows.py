@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from typing import Any, ClassVar
 
 from finetune.recipe.errors import Problem
 from finetune.recipe.python_tables import TableError, iter_rows
-from finetune.recipe.python_values import ValueNotStoredError, encode_row
+from finetune.recipe.python_values import (
+    ValueNotStoredError,
+    encode_row,
+    instance_schema,
+    text_json_schema,
+)
 
 PREFIX = "llm-align-rows-"
 
@@ -106,20 +107,8 @@ class PythonRows:
         # Nothing changes it, and a copy's file would be deleted with the original.
         return self
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # In a union, pydantic asks for numbers of a subclass of int too.
-        as_text = core_schema.plain_serializer_function_ser_schema(
-            lambda value: str(value) if isinstance(value, PythonRows) else value, when_used="json"
-        )
-        return core_schema.is_instance_schema(cls, serialization=as_text)
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        # In a recipe file, rows are named by a text.
-        return {"type": "string"}
+    __get_pydantic_core_schema__: ClassVar[Any] = classmethod(instance_schema)
+    __get_pydantic_json_schema__: ClassVar[Any] = classmethod(text_json_schema)
 
 
 def from_python(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Rows as JSON: text, numbers, true, false, null, lists and objects; what JSON lacks is refused."""
+"""Rows as JSON: text, numbers, true, false, null, lists and objects; what JSON lacks is refused.
+
+And how pydantic treats objects that are given in Python for keys of a recipe: rows, functions.
+"""
 
 import json
 import sys
@@ -9,9 +12,27 @@ from math import isfinite, isnan
 from typing import Any
 from uuid import UUID
 
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
 STORED = "text, numbers, booleans, None, lists or dicts of them"
 MISSING = ("<NA>", "NaT")
 """How pandas prints its missing values."""
+
+
+def instance_schema(cls: type, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """Return pydantic's schema of a class: its objects are valid, and are written as their text."""
+    # In a union, pydantic asks for numbers of a subclass of int too.
+    as_text = core_schema.plain_serializer_function_ser_schema(
+        lambda value: str(value) if isinstance(value, cls) else value, when_used="json"
+    )
+    return core_schema.is_instance_schema(cls, serialization=as_text)
+
+
+def text_json_schema(cls: type, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    """Return the JSON schema of such a class: a recipe file names its objects by a text."""
+    return {"type": "string"}
 
 
 class ValueNotStoredError(Exception):

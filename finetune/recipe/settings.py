@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from finetune.recipe.python_function import FunctionName
 from finetune.recipe.python_rows import PythonRows, from_python, pick_split
 from finetune.recipe.python_tables import has_splits
+from finetune.recipe.user_calls import DEFAULT_LIMIT
 
 MAX_INT = 2**31 - 1
 """Largest count in a recipe: torch and Arrow have 32-bit counters."""
@@ -235,7 +236,7 @@ def _pick_mixed_split(entry: Any, split: str, index: int) -> Any:
 class TrainSettings(Section):
     """Training loop: steps, optimizer, learning rate, engine, processes and sharding strategy."""
 
-    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("num_processes", "strategy", "offload")
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("num_processes", "strategy", "offload", "function_timeout")
 
     engine: Literal["native", "trl"] = Field(
         "native", description="llm-align's trainer, or TRL's for the same stage"
@@ -264,9 +265,7 @@ class TrainSettings(Section):
     neftune_alpha: PositiveFloat | None = Field(
         None, description="NEFTune noise on embeddings (5 to 15), in training only; null: none"
     )
-    max_grad_norm: NonNegativeFloat = Field(
-        1.0, description="maximum gradient norm (clipping); 0: no clipping"
-    )
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="maximum gradient norm; 0: no clipping")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         0, description="seed of data order, adapter initialization and dropout"
     )
@@ -292,9 +291,11 @@ class TrainSettings(Section):
     evaluate_every: PositiveInt | None = Field(
         None, description="steps between held-out evaluations; null: before and after training only"
     )
-    engine_args: dict[str, Any] = Field(
-        {}, description="additional arguments for the engine, under the engine's names"
+    function_timeout: PositiveFloat | None = Field(
+        DEFAULT_LIMIT,
+        description="seconds that one call of a reward function, rule or grader may take; null: no limit",
     )
+    engine_args: dict[str, Any] = Field({}, description="further arguments of the engine, under its names")
 
 
 class DocumentSettings(DataSettings):

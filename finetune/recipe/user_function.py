@@ -20,7 +20,7 @@ from finetune.recipe.errors import Problem, UserError, UserFunctionError, did_yo
 from finetune.recipe.one_run import no_run_inside
 from finetune.recipe.python_function import PythonFunction, is_python_function_text
 from finetune.recipe.renamed import renamed_function
-from finetune.recipe.user_calls import CALLS
+from finetune.recipe.user_calls import CALLS, FunctionTimeoutError
 from finetune.recipe.user_files import imported_modules, local_modules
 from finetune.recipe.user_state import UserState, import_first, user_code
 
@@ -36,7 +36,7 @@ MAX_ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A function of a user's file; a call leaves the process as it was, and its duration is recorded."""
+    """A function of a user's file; a call leaves the process as it was, and is measured and limited."""
 
     text: str
     function: Callable[..., Any]
@@ -54,8 +54,9 @@ class UserFunction:
         shown = f"prompt {str(first)[:MAX_SHOWN_CHARACTERS]!r}"
         with (
             no_run_inside(self.text),
-            CALLS.timed(self.text, shown),
+            CALLS.timed(self.text, shown) as call,
             user_code(self.state, seed="\0".join(arguments)),
+            call.limited(),
         ):
             return self.function(*args, **kwargs)
 
@@ -173,9 +174,8 @@ def call_user_function(
     except KeyboardInterrupt:  # the user's second Ctrl-C
         raise
     except BaseException as error:  # the function is the user's and may raise anything, also SystemExit
-        raise UserFunctionError(
-            _return_problem(where, describe_error(error), prompt, reply, expected)
-        ) from error
+        problem = _return_problem(where, describe_error(error), prompt, reply, expected)
+        raise UserFunctionError(replace(problem, repair=_error_repair(error))) from error
     if value is None:
         return None
     number = as_number(value)
@@ -209,7 +209,7 @@ def call_for_grades(call: Callable[[], Any], count: int, *, where: str) -> list[
     except KeyboardInterrupt:  # the user's second Ctrl-C
         raise
     except BaseException as error:  # the function is the user's and may raise anything, also SystemExit
-        repair = CONVERSATIONS_REPAIR if isinstance(error, TypeError) else ""
+        repair = CONVERSATIONS_REPAIR if isinstance(error, TypeError) else _error_repair(error)
         raise UserFunctionError(Problem(where, describe_error(error), expected, repair)) from error
     if values is None or len(values) != count:
         actual = f"it returned {'no list' if values is None else f'{len(values)} values'}"
@@ -242,6 +242,8 @@ def describe_error(error: BaseException) -> str:
     text = str(traceback.TracebackException(type(error), error, None))
     if isinstance(error, SystemExit):
         description = f"it called sys.exit({error.code!r})"
+    elif isinstance(error, FunctionTimeoutError):
+        description = text
     else:
         text = text if len(text) <= MAX_ERROR_CHARACTERS else f"{text[:MAX_ERROR_CHARACTERS]}..."
         description = f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -258,6 +260,11 @@ def _user_line(error: BaseException) -> str:
     # Later frames may be those of a library that the file calls.
     lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
     return f"{frames[0].filename}:{lines[-1]}" if frames else ""
+
+
+def _error_repair(error: BaseException) -> str:
+    is_timeout = isinstance(error, FunctionTimeoutError)
+    return "correct the function, or raise train.function_timeout" if is_timeout else ""
 
 
 def _describe_value(value: Any) -> str:

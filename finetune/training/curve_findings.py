@@ -14,7 +14,7 @@ from finetune.training.metrics import EVAL_PREFIX
 MIN_RISE = 0.005
 """Relative rise of a loss that is reported; less is noise with a few dozen rows."""
 MIN_REWARD_DROP = 0.05
-"""Relative drop of a held-out reward that is reported: its completions are sampled."""
+"""Relative drop of a held-out reward that is reported where its noise is unknown."""
 NOISE_FACTOR = 5.0
 """How many standard deviations of its noise a curve has to rise."""
 BEST_NOISE_FACTOR = 6.0
@@ -42,6 +42,7 @@ class RunCurves:
         allows_zero_gradients: whether single steps may have zero gradients.
         sample_tokens: ``evaluate.max_new_tokens``.
         documents: whether the data are documents, whose continuations need not end.
+        reward_noise: half width of the 95 % interval of a change of the held-out reward; None: unknown.
     """
 
     entries: Sequence[Mapping[str, float]]
@@ -50,6 +51,7 @@ class RunCurves:
     allows_zero_gradients: bool = False
     sample_tokens: int = 0
     documents: bool = False
+    reward_noise: float | None = None
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Return (step, value) of the entries with a metric."""
@@ -67,6 +69,7 @@ def curve_findings(
     *,
     sample_tokens: int,
     documents: bool = False,
+    reward_noise: float | None = None,
 ) -> list[Finding]:
     """Return the findings of a finished run; empty for a healthy one.
 
@@ -76,8 +79,11 @@ def curve_findings(
         spec: what the stage measures.
         sample_tokens: ``evaluate.max_new_tokens``.
         documents: whether the data are documents.
+        reward_noise: half width of the 95 % interval of a change of the held-out reward; None: unknown.
     """
-    curves = RunCurves(entries, metrics, spec.main, spec.allows_zero_gradients, sample_tokens, documents)
+    curves = RunCurves(
+        entries, metrics, spec.main, spec.allows_zero_gradients, sample_tokens, documents, reward_noise
+    )
     return [finding for diagnostic in CURVE_DIAGNOSTICS if (finding := diagnostic(curves)) is not None]
 
 
@@ -147,7 +153,10 @@ def _held_out(curves: RunCurves) -> Finding | None:
     sign = 1.0 if is_loss else -1.0
     best_step, best = min(points, key=lambda point: sign * point[1])
     noise = BEST_NOISE_FACTOR * curvature_noise([value for _, value in points])
-    if sign * (after - best) <= max((MIN_RISE if is_loss else MIN_REWARD_DROP) * abs(best), noise):
+    smallest = (MIN_RISE if is_loss else MIN_REWARD_DROP) * abs(best)
+    if not is_loss and curves.reward_noise is not None:
+        smallest = curves.reward_noise
+    if sign * (after - best) <= max(smallest, noise):
         return None
     label = "held-out loss" if is_loss else "held-out reward"
     where = "before training" if best_step == 0 else f"at step {best_step}"

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
+from finetune.evaluation.small_samples import MeanChange, paired_change
 from finetune.recipe.user_arguments import CompletionRow
 from finetune.training.metric_specs import When
 from finetune.training.run_directory import HELD_OUT, RunDirectory
@@ -53,6 +55,24 @@ def write_graded(
     run.write_jsonl(
         HELD_OUT, [*kept, *({"evaluation": evaluation, "when": when, **entry} for entry in entries)]
     )
+
+
+def reward_change(run: RunDirectory) -> MeanChange | None:
+    """Return the change of the mean reward of held-out prompts; None for a run that does not record both.
+
+    Completions of one prompt are not independent: a prompt counts with the mean of its completions.
+    """
+    rewards: dict[str, dict[str, list[float]]] = {"before": {}, "after": {}}
+    for entry in run.read_jsonl(HELD_OUT):
+        if entry["evaluation"] == "rewards":
+            rewards[entry["when"]].setdefault(entry["location"], []).append(entry["reward"])
+    locations = [location for location in rewards["before"] if location in rewards["after"]]
+    if not locations:
+        return None
+    before, after = (
+        [fmean(rewards[when][location]) for location in locations] for when in ("before", "after")
+    )
+    return paired_change(before, after)
 
 
 def compact_locations(locations: Iterable[str]) -> dict[str, str]:

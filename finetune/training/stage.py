@@ -9,6 +9,7 @@ from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import CheckFailedError, HeldOutError, LibraryError, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.user_calls import CALLS
 from finetune.training.held_out_file import compact_locations
 from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
@@ -196,6 +197,7 @@ def run_stage(
 
         stage, ctx = load_stage(recipe.stage), RunContext(recipe, run, console, command)
         ctx.callbacks = checked_callbacks(callbacks)
+        CALLS.limit = recipe.settings.train.function_timeout
         try:
             # Rejection sampling has a loop of its own.
             if hasattr(stage, "run"):
@@ -296,14 +298,16 @@ def _metadata(ctx: "RunContext", method: Method, sections: dict[str, Any]) -> di
 def report_findings(ctx: "RunContext", spec: MetricSpec, findings: "Sequence[Finding]" = ()) -> None:
     """Print and record the findings on a finished run: those of every stage, and the stage's own."""
     from finetune.training.curve_findings import curve_findings
+    from finetune.training.held_out_file import reward_change
 
-    settings = ctx.settings
+    settings, change = ctx.settings, reward_change(ctx.run)
     shared = curve_findings(
         ctx.run.metrics(),
         ctx.run.record.get("metrics", {}),
         spec,
         sample_tokens=settings.max_reply_tokens,
         documents=settings.data.text_format is not None,
+        reward_noise=None if change is None else change.half_width,
     )
     for finding in (*shared, *findings):
         ctx.log(finding.format_line())

@@ -4,22 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from api_settings import ADDITIONS as ROWS
+from api_settings import FAST
 
 from align import load_recipe, run
 from align.cli import main
 from finetune.recipe.errors import UserError
-
-ROWS = [{"instruction": f"Add {i} and {i}.", "output": str(2 * i)} for i in range(12)]
-FAST = {
-    "model.precision": "float32",
-    "data.held_out": 2,
-    "data.max_length": 128,
-    "train.max_steps": 2,
-    "train.batch_size": 4,
-    "evaluate.samples": 1,
-    "evaluate.exact_match": 0,
-    "evaluate.max_new_tokens": 4,
-}
 
 
 def test_rows_from_python_are_trained_and_summarized(base_folder: Path, tmp_path: Path) -> None:

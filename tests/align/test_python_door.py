@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api_settings import ADDITIONS, FAST
 from transformers import TrainerCallback
 
 from align import load_recipe, load_tuned, run
@@ -13,17 +14,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.python_messages import ArgumentError, command_line_messages, reader_words
 from finetune.training.result import Result
 
-ROWS = [{"instruction": f"Add {i} and {i}.", "output": str(2 * i), "level": i} for i in range(12)]
-FAST = {
-    "model.precision": "float32",
-    "data.held_out": 2,
-    "data.max_length": 128,
-    "train.max_steps": 2,
-    "train.batch_size": 4,
-    "evaluate.samples": 1,
-    "evaluate.exact_match": 2,
-    "evaluate.max_new_tokens": 4,
-}
+ROWS = [{**row, "level": number} for number, row in enumerate(ADDITIONS)]
 
 
 class Seen(TrainerCallback):
@@ -55,7 +46,7 @@ def finished(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, seen: 
         data=ROWS,
         out=tmp_path_factory.mktemp("door") / "run",
         graders={"level": lambda completion, level, expected: level + len(expected)},
-        settings={**FAST, "train.evaluate_every": 1},
+        settings={**FAST, "evaluate.exact_match": 2, "train.evaluate_every": 1},
     )
     return run(recipe, callbacks=[seen])
 

@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from align.ppo.diagnostics import diagnose_ppo
 from align.ppo.settings import PPOSettings, Settings, StopSettings
 from align.ppo.stop_rule import RewardHackingStop, over_optimization_reason, stop_reason
+from finetune.evaluation.small_samples import paired_change
 
 FIRST = {
     "objective/kl_per_completion": 0.0,
@@ -129,7 +130,6 @@ def before_and_after(**values: tuple[float, float]) -> dict[str, float]:
 
 
 HEALTHY = before_and_after(
-    reward=(0.0, 1.0),
     gold_end=(0.3, 0.9),
     kl=(0.0, 4.0),
     perplexity=(2.0, 2.5),
@@ -146,7 +146,7 @@ COMPLETION_PAIRS = [("one two", "three four"), ("five", "six")]
 def test_repetition_is_reported() -> None:
     repetitive = "he was very happy. " * 3
     pairs = [("one two", repetitive), ("five", repetitive)]
-    [finding] = diagnose_ppo({}, pairs, PPOSettings(), num_held_out=64)
+    [finding] = diagnose_ppo({}, pairs, PPOSettings(), num_held_out=64, reward=None)
     assert (
         finding.name == "repetition"
         and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in finding.evidence
@@ -155,7 +155,8 @@ def test_repetition_is_reported() -> None:
 
 
 def test_healthy_run_has_no_action() -> None:
-    findings = diagnose_ppo(HEALTHY, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
+    reward = paired_change([0.0, 1.0] * 32, [1.0, 2.0] * 32)
+    findings = diagnose_ppo(HEALTHY, COMPLETION_PAIRS, PPOSettings(), num_held_out=64, reward=reward)
     findings_by_name = {finding.name: finding for finding in findings}
     assert list(findings_by_name) == ["reward", "graders", "KL", "fluency", "length", "diversity", "updates"]
     assert not any(finding.action for finding in findings_by_name.values())
@@ -165,9 +166,6 @@ def test_healthy_run_has_no_action() -> None:
 @pytest.mark.parametrize(
     ("changed", "name", "action"),
     [
-        (before_and_after(reward=(0.0, 0.0)), "reward", "raise train.learning_rate"),
-        (before_and_after(reward=(0.0, -0.019)), "reward", "raise train.learning_rate"),
-        (before_and_after(reward=(0.0, -3.0)), "reward", "lower train.learning_rate"),
         (before_and_after(gold_end=(0.9, 0.3)), "graders", "kl_coef"),
         (before_and_after(kl=(0.0, -1.0)), "KL", "bug"),
         (before_and_after(kl=(0.0, 60.0)), "KL", "adaptive_kl_target"),
@@ -183,7 +181,7 @@ def test_healthy_run_has_no_action() -> None:
     ],
 )
 def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], name: str, action: str) -> None:
-    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64, reward=None)
     warned = [finding for finding in findings if finding.action]
     assert [finding.name for finding in warned] == [name] and action in warned[0].action
 
@@ -191,8 +189,6 @@ def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], na
 @pytest.mark.parametrize(
     ("changed", "name", "meaning"),
     [
-        (before_and_after(reward=(0.0, 0.5)), "reward", "a higher reward"),
-        (before_and_after(reward=(0.5, 0.0)), "reward", "a lower reward than before"),
         (before_and_after(gold_end=(0.3, 0.9)), "graders", "score completions higher"),
         (before_and_after(gold_end=(0.9, 0.3)), "graders", "scores completions lower"),
         (before_and_after(gold_end=(0.9, 0.88)), "graders", "changed little"),
@@ -211,7 +207,7 @@ def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], na
 def test_the_meaning_follows_the_sign_of_the_change(
     changed: dict[str, float], name: str, meaning: str
 ) -> None:
-    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64)
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=64, reward=None)
     [finding] = [finding for finding in findings if finding.name == name]
     assert meaning in finding.meaning
 
@@ -219,7 +215,7 @@ def test_the_meaning_follows_the_sign_of_the_change(
 def test_the_advice_depends_on_the_settings() -> None:
     changed = before_and_after(ends=(1.0, 0.5), entropy=(1.0, 2.5))
     settings = PPOSettings(missing_eos_reward=None, entropy_coef=0.01)
-    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, settings, num_held_out=64)
+    findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, settings, num_held_out=64, reward=None)
     actions = {finding.name: finding.action for finding in findings}
     assert actions["length"].startswith("set ppo.missing_eos_reward below every reward")
     assert actions["diversity"] == "lower ppo.entropy_coef"
@@ -232,7 +228,7 @@ def test_the_advice_depends_on_the_settings() -> None:
 def test_a_negative_kl_is_a_bug_only_beyond_its_noise(kl: float, num_held_out: int, is_bug: bool) -> None:
     """exp(-n t) = 1e-6 is the most that noise exceeds -t = ln(1e-6) / n = -13.8 / n with."""
     changed = HEALTHY | before_and_after(kl=(0.0, kl))
-    findings = diagnose_ppo(changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=num_held_out)
+    findings = diagnose_ppo(changed, COMPLETION_PAIRS, PPOSettings(), num_held_out=num_held_out, reward=None)
     [finding] = [finding for finding in findings if finding.name == "KL"]
     assert ("this is a bug" in finding.action) == is_bug
 
@@ -249,4 +245,4 @@ def test_the_noise_of_a_kl_is_within_its_bound() -> None:
 
 
 def test_no_findings_without_metrics() -> None:
-    assert diagnose_ppo({}, [], PPOSettings(), num_held_out=0) == []
+    assert diagnose_ppo({}, [], PPOSettings(), num_held_out=0, reward=None) == []

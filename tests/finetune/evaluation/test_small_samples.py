@@ -1,18 +1,29 @@
 """Small samples are said to be small: intervals, changes that are too few to tell, windows at both ends."""
 
 import doctest
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
-from align.ppo.diagnostics import diagnose_ppo
-from align.ppo.settings import PPOSettings
+from align.reward.diagnostics import diagnose_reward
+from align.rl.reward_finding import reward_finding
 from finetune.evaluation import small_samples
-from finetune.evaluation.small_samples import change_interval, describe_sample, is_conclusive
+from finetune.evaluation.small_samples import (
+    MeanChange,
+    change_interval,
+    describe_sample,
+    is_conclusive,
+    paired_change,
+)
+from finetune.recipe.recipe import read_recipe
 from finetune.training import curve_findings
 from finetune.training.curve_findings import end_means
 from finetune.training.findings import repetition_finding
+from finetune.training.held_out_file import reward_change, write_graded
 from finetune.training.report import run_summary
+from finetune.training.run_directory import RunDirectory
 
 
 def test_the_examples_in_the_docstrings() -> None:
@@ -74,15 +85,80 @@ def test_a_gap_that_chance_explains_is_no_overfitting() -> None:
     assert names == [[], ["overfit"]]
 
 
-def test_ppo_says_nothing_of_few_prompts() -> None:
-    metrics = {"eval/objective/reward_before": 0.2, "eval/objective/reward_after": 0.1}
-    few, many = (diagnose_ppo(metrics, [], PPOSettings(), num_held_out=count)[0] for count in (6, 64))
-    assert (few.evidence, few.meaning, few.action) == (
-        "held-out 0.200 → 0.100 on 6 prompts",
-        "too few held-out prompts to tell",
-        "",
-    )
-    assert many.action and "lower reward" in many.meaning
+def change_of(gain: float, count: int, *, scale: float = 1.0) -> MeanChange:
+    """Return a change over cases whose differences have a standard deviation of 1."""
+    random = np.random.default_rng(0)
+    before, noise = random.normal(size=count), random.normal(size=count)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    return paired_change(list(scale * before), list(scale * (before + gain + noise)))
+
+
+def test_the_interval_of_a_paired_change() -> None:
+    """1.96 / sqrt(n) for differences of standard deviation 1; it covers no gain in 95 % of samples."""
+    change = change_of(0.5, 100)
+    assert change.half_width == pytest.approx(0.19600, abs=1e-5) and change.gain == pytest.approx(0.5)
+    random = np.random.default_rng(1)
+    samples = [random.normal(size=(2, 40)) for _ in range(2000)]
+    false_alarms = [paired_change(list(before), list(after)).is_conclusive for before, after in samples]
+    assert np.mean(false_alarms) == pytest.approx(0.05, abs=0.02)
+
+
+GAINED, LOST = "the policy earns a higher reward", "the policy earns a lower reward than before"
+FEW, NO_CHANGE = "too few held-out prompts to tell", "no change that chance does not explain"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize(
+    ("gain", "count", "meaning", "action"),
+    [
+        (0.5, 64, GAINED, ""),
+        (-0.5, 64, LOST, "lower train.learning_rate"),
+        (0.1, 64, NO_CHANGE, "act"),
+        (-0.1, 64, NO_CHANGE, "act"),
+        (0.1, 1000, GAINED, ""),
+        (2.0, 6, FEW, ""),
+        (-2.0, 1, FEW, ""),
+    ],
+)
+def test_the_finding_on_the_reward_does_not_depend_on_its_scale(
+    gain: float, count: int, meaning: str, action: str, scale: float
+) -> None:
+    change = change_of(gain, count, scale=scale) if count > 1 else paired_change([2 * scale], [0.0])
+    finding = reward_finding(change, raise_gain="act")
+    assert (finding.meaning, finding.action) == (meaning, action)
+    assert f"on {count} prompt" in finding.evidence
+
+
+def test_equal_rewards_before_are_no_division_by_zero() -> None:
+    assert reward_finding(paired_change([1.0] * 30, [1.0] * 30), raise_gain="act").meaning == NO_CHANGE
+    assert reward_finding(paired_change([1.0] * 30, [2.0] * 30), raise_gain="act").meaning == GAINED
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "count", "meaning", "action"),
+    [
+        (0.7, 100, "better than chance", ""),
+        (0.6, 24, "too few held-out comparisons to tell it from chance", ""),
+        (0.5, 24, "too few held-out comparisons to tell it from chance", ""),
+        (0.51, 400, "no better than chance", "raise train.learning_rate, train longer"),
+        (0.3, 100, "worse than chance", "exchanged"),
+    ],
+)
+def test_a_reward_model_against_chance(accuracy: float, count: int, meaning: str, action: str) -> None:
+    [finding] = diagnose_reward({"eval/rewards/accuracies_after": accuracy}, count)
+    assert finding.meaning == meaning and action in finding.action and bool(action) == bool(finding.action)
+    assert diagnose_reward({}, count) == [] == diagnose_reward({"eval/rewards/accuracies_after": 1.0}, 0)
+
+
+def test_a_prompt_counts_with_the_mean_of_its_completions(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, read_recipe("sft", "quickstart"), "")
+    rewards = {"before": [0, 2, 4, 4], "after": [3, 3, 4, 4]}
+    for when, values in rewards.items():
+        entries = [{"location": f"row {i // 2}", "reward": value} for i, value in enumerate(values)]
+        write_graded(run, "rewards", when, entries)  # type: ignore[arg-type]
+    write_graded(run, "graders", "after", [{"location": "row 9"}])
+    change = reward_change(run)
+    assert change is not None and (change.before, change.after, change.count) == (2.5, 3.5, 2)
 
 
 def test_one_repeating_completion_of_four_is_too_few() -> None:

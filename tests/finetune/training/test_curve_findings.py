@@ -126,6 +126,13 @@ def test_overfitting_names_the_best_step_as_the_remedy() -> None:
 REWARDS = {"main": "objective/reward"}
 
 
+@pytest.mark.parametrize(("noise", "reported"), [(None, True), (0.05, True), (0.3, False)])
+def test_a_drop_of_the_reward_is_compared_with_its_noise(noise: float | None, reported: bool) -> None:
+    given = history([1.0, 5.0, 9.0], [-0.01, 0.3, 0.1], **REWARDS)
+    findings = curve_findings(**given, spec=RL, sample_tokens=12, reward_noise=noise)
+    assert bool(findings) == reported
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
