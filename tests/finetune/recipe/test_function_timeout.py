@@ -81,7 +81,7 @@ def test_a_batch_that_hangs_is_ended(load: Callable[..., UserFunction]) -> None:
         call_for_numbers(lambda: function.call_batch(rows), 2, where="here")
 
 
-def test_a_function_s_own_alarm_works_and_an_earlier_timer_goes_on(
+def test_a_function_s_own_alarm_works_and_an_earlier_timer_continues(
     load: Callable[..., UserFunction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CALLS, "limit", 100.0)
