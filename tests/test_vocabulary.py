@@ -19,7 +19,7 @@ RETIRED_NAMES = """
     wishing MicroBatches StartingPolicy arithmetic picked_logps why_separate owners predicts reach
     InOurWords own_replies Room Cast load_cast Roles Collector Said lay_out policy_tables as_table
     Tables Episodes gained learnt_from cut_updates begins_at_one step_kl epoch_stop_kl shaped_scores
-    missing_end clip_scores Running deviation of_replies of_distance from_sampler judge judged Judged
+    missing_end clip_scores Running deviation of_replies of_distance from_sampler judged Judged
     judged_replies Learnt AnswerRule risky risky_below Contests leads talks score_talks DrawsOfAll drawn
     Drawing StopWhenSpoilt StopWhenChosenFalls moment learns holders played resident settled plan_of
     found said told talk drawn_seconds centring normalise tokenise colours maximises_rewards labelled

@@ -5,9 +5,8 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ValidationError
 
 from finetune.recipe import yaml_file
-from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.errors import Problem, SettingError, did_you_mean, one_of
 from finetune.recipe.foreign_names import foreign_problem
-from finetune.recipe.python_rows import RowsError
 from finetune.recipe.renamed import renamed_key, renamed_value
 from finetune.recipe.settings import StageSettings
 
@@ -40,8 +39,8 @@ def validation_problems(
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         where, schema = _resolve_location(section, detail["loc"], root=root)
-        if isinstance(rows_error := detail.get("ctx", {}).get("error"), RowsError):
-            problems[where] = rows_error.problem(where)
+        if isinstance(setting_error := detail.get("ctx", {}).get("error"), SettingError):
+            problems[where] = setting_error.problem(where)
         elif where not in problems:
             problems[where] = _to_problem(where, detail, schema=schema, root=root, stage=stage)
     # A value of the wrong type is one mistake, and not one more for each key inside it.

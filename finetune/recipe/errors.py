@@ -57,6 +57,22 @@ class UserError(Exception):
         return type(self), (self.problems,)
 
 
+class SettingError(ValueError):
+    """A value of a section, or a combination, that a pydantic validator refuses.
+
+    Attributes:
+        actual, expected, repair: as in ``Problem``.
+    """
+
+    def __init__(self, actual: str, expected: str, repair: str = "") -> None:
+        super().__init__(actual)
+        self.actual, self.expected, self.repair = actual, expected, repair
+
+    def problem(self, where: str) -> Problem:
+        """Return the problem of a key or a section."""
+        return Problem(where, self.actual, self.expected, self.repair)
+
+
 class LibraryError(UserError):
     """A library's exception on the user's model, adapter or setting; the exception itself is ``__cause__``.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, SettingError
 from finetune.recipe.python_tables import TableError, iter_rows
 from finetune.recipe.python_values import (
     ValueNotStoredError,
@@ -23,19 +23,18 @@ from finetune.recipe.python_values import (
 PREFIX = "llm-align-rows-"
 
 
-class RowsError(ValueError):
+class RowsError(SettingError):
     """Rows that cannot be stored; ``row`` is the number of one, and ``column`` a path in it."""
 
     def __init__(
         self, actual: str, expected: str, repair: str = "", *, row: int | None = None, column: str = ""
     ) -> None:
-        super().__init__(actual)
-        self.actual, self.expected, self.repair = actual, expected, repair
+        super().__init__(actual, expected, repair)
         self.row, self.column = row, column
 
-    def problem(self, key: str) -> Problem:
+    def problem(self, where: str) -> Problem:
         """Return the problem of rows that were given for a recipe key."""
-        where = key if self.row is None else row_location(key, self.row)
+        where = where if self.row is None else row_location(where, self.row)
         where += f": column '{self.column}'" if self.column else ""
         return Problem(where, self.actual, self.expected, self.repair)
 

@@ -8,6 +8,7 @@ NOISY_LIBRARIES = (
     "transformers",
     "datasets",
     "httpx",
+    "httpx2",
     "torch.distributed.elastic",
 )
 """Loggers set to ERROR."""

@@ -1,0 +1,1 @@
+"""Client for OpenAI-compatible endpoints: settings, requests and answers, cache, errors."""
