@@ -99,18 +99,26 @@ class SequentialComparison:
         return bool(self.looks) and self.looks[-1].decided
 
 
-def log_capital(scaled_N: FloatArray, mean: float) -> float:
-    """Return the log of K+, the capital of bets that the mean of values in [0, 1] is above ``mean``."""
-    gains_DN = FRACTIONS_D[:, None] * (scaled_N / mean - 1)
-    return float(np.logaddexp.reduce(np.log1p(gains_DN).sum(axis=1)) - log(NUM_BETS))
+def log_capital(values_U: FloatArray, counts_U: FloatArray, mean: float) -> float:
+    """Return the log of K+, the capital of bets that the mean of values in [0, 1] is above ``mean``.
+
+    Args:
+        values_U: distinct values. With constant bets their order has no effect.
+        counts_U: how often each occurs.
+        mean: the candidate.
+    """
+    log_factors_DU = np.log1p(FRACTIONS_D[:, None] * (values_U / mean - 1))
+    return float(np.logaddexp.reduce(log_factors_DU @ counts_U) - log(NUM_BETS))
 
 
 def betting_interval(scaled_N: FloatArray, alpha: float) -> tuple[float, float]:
-    """Return the interval of the mean of values in [0, 1]: all means for which no gambler got rich."""
+    """Return the interval of the mean of values in [0, 1]: the means at which both capitals are small."""
     threshold = log(2 / alpha)
-    low = _largest(lambda mean: log_capital(scaled_N, mean) >= threshold)
+    values_U, repeats_U = np.unique(scaled_N, return_counts=True)
+    counts_U = repeats_U.astype(np.float64)
+    low = _largest(lambda mean: log_capital(values_U, counts_U, mean) >= threshold)
     # K- of the values is K+ of their complement.
-    high = 1 - _largest(lambda mean: log_capital(1 - scaled_N, mean) >= threshold)
+    high = 1 - _largest(lambda mean: log_capital(1 - values_U, counts_U, mean) >= threshold)
     return low, high
 
 
