@@ -35,7 +35,7 @@ METAVAR = "[RECIPE] [SECTION.KEY=VALUE]..."
 STAGE_METAVAR = "[[STAGE/]RECIPE] [SECTION.KEY=VALUE]..."
 STAGE_HELP = "Stage of the recipe; default: that of RECIPE, or sft."
 FROM_HELP = "Parent run: run directory, name or prefix; or STAGE/RECIPE, which runs first if needed."
-REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
+REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, file.py:function, or a grader's name."
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from finetune.recipe.discovery import (
     verb_of,
 )
 from finetune.recipe.errors import UserError
+from finetune.recipe.graders import grader_names
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import stage_settings
 from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override
@@ -184,7 +185,7 @@ def complete_parent(context: click.Context, parameter: click.Parameter, incomple
 
 
 def complete_reward(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
-    """Complete a finished run of stage reward, or ``reward/recipe``."""
+    """Complete a finished run of stage reward, ``reward/recipe``, or a grader."""
     return _rewards(incomplete)
 
 
@@ -207,7 +208,8 @@ def _parents(incomplete: str) -> list[Item]:
 
 
 def _rewards(incomplete: str) -> list[Item]:
-    return _runs(incomplete, stages=SCORING_STAGES) + _recipes(SCORING_STAGES, incomplete)
+    graders = _matching(_items(grader_names()), incomplete)
+    return _runs(incomplete, stages=SCORING_STAGES) + _recipes(SCORING_STAGES, incomplete) + graders
 
 
 def complete_words(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:

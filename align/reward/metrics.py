@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evaluation.small_samples import wilson_interval
 from finetune.evaluation.calibration import FloatArray, calibration_error
+from finetune.evaluation.small_samples import wilson_interval
 
 HISTOGRAM_BINS = 30
 """Bins of the score histogram."""

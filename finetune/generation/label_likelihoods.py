@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from data_templates.segments import Message
 from finetune.data.conversation import with_control_suffix
 from finetune.data.tokens import Encoder
-from finetune.evaluation.classification import label_probabilities
 from finetune.evaluation.calibration import FloatArray
+from finetune.evaluation.classification import label_probabilities
 from finetune.generation.sampler import TokenIds, length_batches
 from finetune.lm_head import head_positions, logits_at
 from finetune.recipe.errors import Problem, UserError

@@ -102,6 +102,9 @@ def _to_problem(
     if detail["type"] == "missing":
         return Problem(where, "missing", expected)
     value = detail["input"]
+    # The text of a validator of our own says more than the type.
+    if isinstance(reason := detail.get("ctx", {}).get("error"), ValueError):
+        return Problem(where, f"found {_describe_value(value)}: {reason}", expected)
     repair = renamed_value(where, value) or _suggest_repair(key, value, options=_schema_options(schema, root))
     return Problem(where, f"found {_describe_value(value)}", expected, repair)
 

@@ -80,11 +80,13 @@ VALUES = {
 }
 """Key, by its new name -> old value -> new value."""
 
-FILES = {
-    "finetune/tiny/graders.py": "finetune/graders/stories.py",
-    "align/rl/rules/answers.py": "finetune/graders/answers.py",
+FUNCTIONS = {
+    "finetune/tiny/graders.py:happy_end": "finetune/graders/stories.py:happy_end",
+    "finetune/tiny/graders.py:peaceful": "finetune/graders/stories.py:peaceful",
+    "align/rl/rules/answers.py:same_number": "number",
+    "finetune/graders/answers.py:same_number": "number",
 }
-"""Old path -> new path of the shipped files with functions that recipes name."""
+"""Old -> new name of the shipped functions that recipes name."""
 
 STAGES = {"hindsight": "chain_of_hindsight"}
 
@@ -134,8 +136,7 @@ def renamed_value(where: str, value: Any) -> str:
 
 def renamed_function(text: str) -> str:
     """Return the message about a ``path/to/file.py:function`` that was moved; empty for any other."""
-    path, _, name = text.rpartition(":")
-    return _renamed(text, f"{FILES[path]}:{name}") if path in FILES else ""
+    return _renamed(text, FUNCTIONS[text]) if text in FUNCTIONS else ""
 
 
 def renamed_stage(stage: Any) -> str:

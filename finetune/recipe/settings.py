@@ -339,8 +339,9 @@ class EvaluateSettings(Section):
     )
     graders: dict[str, FunctionName] = Field(
         {},
-        description="functions that grade completions of held-out prompts: {name: file.py:function}; "
-        "parameters are filled by name (prompt, completion, expected, columns); bool, number, None (skip)",
+        description="functions that grade completions of held-out prompts: {name: file.py:function}, "
+        "or {name: GRADER}; parameters are filled by name (prompt, completion, expected, columns); "
+        "bool, number, None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
     retention: RowSource | None = Field(

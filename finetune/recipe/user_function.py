@@ -1,4 +1,4 @@
-"""User functions of a recipe (``path/to/file.py:function``): load, check the signature, call."""
+"""Functions of a recipe, ``path/to/file.py:function`` or a grader: load, check the signature, call."""
 
 import hashlib
 import importlib.util
@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune.recipe.discovery import INSTALLED, local_path
 from finetune.recipe.errors import Problem, UserError, UserFunctionError, did_you_mean, one_of
+from finetune.recipe.graders import grader_file, grader_function, grader_names
 from finetune.recipe.one_run import no_run_inside
 from finetune.recipe.python_function import PythonFunction, is_python_function_text
 from finetune.recipe.renamed import renamed_function
@@ -66,7 +67,7 @@ def load_user_function(text: str | PythonFunction, *, where: str) -> UserFunctio
 
     Args:
         text: ``path/to/file.py:function``; relative paths are resolved from the working directory, then from
-            the project folder. Or a function that was given in Python.
+            the project folder. Or the name of a grader, or a function that was given in Python.
         where: the recipe's key, for the message.
 
     Raises:
@@ -74,6 +75,8 @@ def load_user_function(text: str | PythonFunction, *, where: str) -> UserFunctio
     """
     if isinstance(text, PythonFunction):
         return UserFunction(text.name, text.function, UserState(text.file))
+    if text in grader_names():
+        return UserFunction(text, grader_function(text, {}, where=where), UserState(grader_file(text)))
     file = function_file(text, where=where)
     name = text.rpartition(":")[2]
     module, state = _import_file(file.resolve(), where)
@@ -99,7 +102,7 @@ def _is_offered(value: Any, module: ModuleType) -> bool:
 
 
 def function_file(text: str, *, where: str) -> Path:
-    """Return the existing file of ``path/to/file.py:function``.
+    """Return the existing file of ``path/to/file.py:function``, or of a grader.
 
     Raises:
         UserError: ``text`` has another format, or there is no such file.
@@ -109,8 +112,12 @@ def function_file(text: str, *, where: str) -> Path:
         repair = "give it again: load_recipe(RUN, reward=function), or graders={name: function}"
         actual = f"{text}, which a recipe file cannot hold"
         raise UserError(Problem(where, actual, FUNCTION_FORMAT, repair))
+    if text in (graders := grader_names()):
+        return grader_file(text)
     if not path.endswith(".py") or not name.isidentifier():
-        raise UserError(Problem(where, f"'{text}'", FUNCTION_FORMAT, f"write {where}: rules.py:my_rule"))
+        expected = f"{FUNCTION_FORMAT}, or a grader: {', '.join(graders)}"
+        repair = did_you_mean(text, graders) or f"write {where}: rules.py:my_rule"
+        raise UserError(Problem(where, f"'{text}' is unknown", expected, repair))
     # A wheel's project folder is inside the package: shipped functions are found from site-packages.
     file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():

@@ -16,9 +16,9 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.sharding import is_sharded
+from finetune.evaluation.calibration import FloatArray
 from finetune.evaluation.classification import Classification, classification_metrics, label_probabilities
 from finetune.evaluation.classification_tables import classification_tables, confusion_figure
-from finetune.evaluation.calibration import FloatArray
 from finetune.generation.label_likelihoods import label_logps
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.generation import generation_tokens

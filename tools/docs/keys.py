@@ -56,6 +56,14 @@ def adapter_keys() -> str:
     return "\n".join(parts)
 
 
+def option_rows(settings: type[Section]) -> list[Row]:
+    """Return the rows of settings that are not a section of a recipe."""
+    rows = _rows("options", settings)
+    return [
+        (key.replace("`options.", "`"), meaning, default, values) for key, meaning, default, values in rows
+    ]
+
+
 def _section_names() -> list[str]:
     """Return all sections: those of every stage first, then each stage's own."""
     names = [name for stage in stage_names() for name in stage_settings(stage).model_fields]

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -14,6 +15,7 @@ from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.graders import grader_names
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.python_function import FunctionName, PythonFunction
 from finetune.recipe.runs import find_run, read_finished_record
@@ -49,8 +51,8 @@ class RewardSource(Section):
     score: NonEmptyStr | None = Field(None, description="head or rule of the run; null: the total reward")
     function: FunctionName | None = Field(
         None,
-        description="path/to/file.py:function; parameters are filled by name (prompt, completion, expected, "
-        "columns of the row); returns a number or bool",
+        description="path/to/file.py:function, or a grader's name; parameters are filled by name (prompt, "
+        "completion, expected, columns of the row); returns a number or bool",
     )
     name: NonEmptyStr | None = Field(None, description="name in metrics; null: name of the score or function")
     weight: FiniteFloat = Field(1.0, description="weight in the sum; 0: logged only")
@@ -68,7 +70,7 @@ class RewardSource(Section):
 
 
 def _parse_sources(value: Any) -> Any:
-    """Return sources as a list of mappings; a string is a run, or a function if it contains ``.py:``."""
+    """Return sources as a list of mappings; a string is a function, a grader's name, or a run."""
     entries = value if isinstance(value, list | tuple) else [value]
     return [_parse_source(entry) for entry in entries]
 
@@ -76,7 +78,9 @@ def _parse_sources(value: Any) -> Any:
 def _parse_source(entry: Any) -> Any:
     if callable(entry) or isinstance(entry, PythonFunction):
         return {"function": entry}
-    return {"function" if ".py:" in entry else "run": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, str):
+        return entry
+    return {"function" if ".py:" in entry or entry in grader_names() else "run": entry}
 
 
 RewardSources = Annotated[
@@ -92,7 +96,7 @@ class RewardsSettings(Section):
 
     sources: RewardSources = Field(
         [],
-        description="rewards: a reward run, file.py:function, or a list of these; each may be "
+        description="rewards: a reward run, file.py:function, a grader, or a list of these; each may be "
         "{run: R, score: S, name: N, weight: W} or {function: F, ...}",
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3; weighted sums as in Sparrow (arXiv 2209.14375), section 2.6.
@@ -222,7 +226,8 @@ def _score_problems(source: RewardSource, where: str) -> Iterator[Problem]:
     try:
         info = reward_run_info(source.run, where=f"{where}.run")
     except UserError as error:
-        yield from error.problems
+        hint = did_you_mean(source.run, grader_names())
+        yield from (replace(problem, repair=hint or problem.repair) for problem in error.problems)
         return
     if source.score is not None and source.score not in info.score_names:
         actual = f"'{source.run}' has no score '{source.score}'"

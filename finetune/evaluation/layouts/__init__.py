@@ -1,1 +1,1 @@
-"""Layouts of published benchmarks: ``read_row``, and optionally METRICS and ``item_values``, one file each."""
+"""Layouts of published benchmarks, one file each: ``read_row``, optionally METRICS and ``item_values``."""

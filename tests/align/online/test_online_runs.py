@@ -220,7 +220,7 @@ def test_reward_function_failing_later_ends_the_run(tune, tmp_path):
 
 
 def test_reference_answer_reward_requires_reference_answers(tune, tmp_path):
-    source = [{"function": "finetune/graders/answers.py:same_number"}]
+    source = ["number"]
     with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
         tune("grpo", rewards__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]

@@ -8,7 +8,7 @@ from align.rl.rewards.settings import RewardsSettings
 from data_templates.segments import Message
 from finetune.recipe.errors import UserError
 
-RULE = "finetune/graders/answers.py:same_number"
+RULE = "number"
 SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72"
 
 
@@ -22,7 +22,7 @@ def rewards():
 def test_function_receives_the_reference_answer(rewards):
     conversations = [[Message("user", "How many?"), Message("assistant", text)] for text in ("72", "24")]
     scores = rewards.score(conversations, ["row 1", "row 2"], expected=[SOLUTION, SOLUTION])
-    assert scores.total.tolist() == [1.0, 0.0] and list(scores.by_source) == ["same_number"]
+    assert scores.total.tolist() == [1.0, 0.0] and list(scores.by_source) == ["number"]
 
 
 def test_missing_reference_answer_is_reported(rewards):

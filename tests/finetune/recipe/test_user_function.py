@@ -91,7 +91,8 @@ def test_wrong_parameters_are_reported(rules: Path) -> None:
     ("old", "new"),
     [
         ("finetune/tiny/graders.py:happy_end", "finetune/graders/stories.py:happy_end"),
-        ("align/rl/rules/answers.py:same_number", "finetune/graders/answers.py:same_number"),
+        ("align/rl/rules/answers.py:same_number", "number"),
+        ("finetune/graders/answers.py:same_number", "number"),
     ],
 )
 def test_a_renamed_function_is_refused_with_its_new_name(old: str, new: str) -> None:
