@@ -107,8 +107,8 @@ def _sampled(items: list[EvalItem], limit: int | None, seed: int) -> list[EvalIt
     clusters = list(dict.fromkeys(item.cluster or item.id for item in items))
     if limit is None or len(clusters) <= limit:
         return items
-    drawn = np.random.default_rng(seed).choice(len(clusters), size=limit, replace=False)
-    chosen = {clusters[index] for index in drawn}
+    indices = np.random.default_rng(seed).choice(len(clusters), size=limit, replace=False)
+    chosen = {clusters[index] for index in indices}
     return [item for item in items if (item.cluster or item.id) in chosen]
 
 
