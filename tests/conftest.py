@@ -62,7 +62,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if len(sys.modules) > frozen + 50:  # libraries that the first training has imported
         freeze()
-    for name in ("_svg", "_curve_svg"):
+    for name in ("figure_svg", "_curve_svg"):
         DRAWN.setdefault(name, getattr(report, name))
     draw_figures(item.get_closest_marker("plots") is not None)
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 
-import finetune.training
 from align.preference.rows.comparison_rows import PREFERENCE_KINDS
 from align.preference.rows.dataset import to_completion_rows
 from align.preference.rows.prepare import prepare_preferences
@@ -27,14 +25,12 @@ from finetune.data.documents import prepare_data
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.disk import OUTPUT_REPAIR, is_write_error, storage_error
-from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.limits import Change, fit_to_rows
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings, TrainSettings
-from finetune.recipe.visible_text import visible_value
 from finetune.training.auto_values import optimizer_steps
 from finetune.training.model import TextEncoding, build_text_encoding
+from finetune.training.pages import page_template, write_named_page
 
 MAX_BARS = 12
 """Maximum bars of the histogram."""
@@ -195,16 +191,7 @@ def write_page(preview_data: PreviewData, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, finalize=visible_value)
-    page = environment.get_template("data.html.j2").render(preview_data)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        if is_write_error(error):
-            raise storage_error(error, path, needed=len(page), repair=OUTPUT_REPAIR) or error from error
-        actual = f"cannot be written: {error.strerror}"
-        raise UserError(Problem(f"--html {path}", actual, "a file in an existing folder")) from error
+    write_named_page(page_template(Path(__file__).parent, "data.html.j2").render(preview_data), path)
 
 
 def _rows_to_show(sources: Sequence[int] | NDArray[np.int32], count: int) -> list[int]:

@@ -10,11 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from rich.markup import escape
 from rich.table import Table
 
-import finetune.training
 from align.pipeline.directory import REPORT_FILE, RESOLVED_FILE, PipelineDirectory, PipelineResult
 from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
@@ -22,7 +20,8 @@ from finetune.recipe import yaml_file
 from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import plugin_summary, stage_names
 from finetune.recipe.terminal import command_line
-from finetune.recipe.visible_text import visible, visible_value
+from finetune.recipe.visible_text import visible
+from finetune.training.pages import page_template
 from finetune.training.result import Result
 
 COMPLETION_WIDTH = 160
@@ -34,12 +33,10 @@ def write_pipeline_report(
     pipeline: Pipeline, folder: PipelineDirectory, results: Mapping[str, Result]
 ) -> None:
     """Write the report from the folders of the pipeline and its runs."""
-    folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, finalize=visible_value)
     samples = folder.samples()
     generating_stages = list(samples[0]["replies"]) if samples else []
     stages = [_stage_context(entry, results[entry.name], pipeline, folder) for entry in pipeline.entries]
-    page = environment.get_template("report.html.j2").render(
+    page = page_template(Path(__file__).parent, "report.html.j2").render(
         pipeline=pipeline,
         record=folder.record,
         stages=stages,

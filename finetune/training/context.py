@@ -204,7 +204,8 @@ class RunContext(Generic[SettingsT]):
                 self.run.clear()
             try:
                 with writing_inside(self.run.path), run_errors(self.dist.world_size):
-                    self._write_initial_record(metadata)
+                    curves = {"curves": dict(metric_spec.logged_keys)}  # titles, for `llm-align compare`
+                    self._write_initial_record({**metadata, **curves})
                     collectives.barrier()  # no rank may read a file of a replaced run
                     self.is_recording = True
                     CALLS.clear()  # those of the checks before

@@ -1,21 +1,22 @@
 """Summary of a run, and ``report.html``: a page with curves, samples, checks, data and recipe."""
 
 import io
+import re
 import warnings
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finetune.evaluation.small_samples import describe_sample
-from finetune.recipe.visible_text import visible_value
+from finetune.recipe.runs import read_finished_record
+from finetune.training.atomic_files import write_text_atomically
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.pages import FOLDER, page_template
 from finetune.training.run_directory import HELD_OUT, ROLLOUTS, RunDirectory
 
 EVIDENCE = {
@@ -25,6 +26,8 @@ EVIDENCE = {
 """Files that the page links."""
 PROPORTIONS = ("exact_match", "retention", "graders/", "rewards/accuracies", "val/eos_rate")
 """Held-out metrics that are proportions of cases; those of several completions per prompt are not."""
+STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
+VERDICT = re.compile(r'\n?<section id="verdict".*?</section>', re.DOTALL)
 MIN_FUNCTION_SHARE = 0.05
 """Share of a run's time from which on the summary shows that of its user functions."""
 
@@ -91,13 +94,13 @@ def write_report(
     """
     diagnostics = diagnostics or Diagnostics()
     metrics = run.metrics()
-    page = _template().render(
+    page = page_template(FOLDER, "report.html.j2").render(
         run=run.record,
         name=run.path.name,
         curves={
             title: _curve_svg(metrics, key, title) for key, title in curves.items() if _points(metrics, key)
         },
-        figures=[_svg(figure) for figure in diagnostics.figures.values()],
+        figures=[figure_svg(figure) for figure in diagnostics.figures.values()],
         tables=diagnostics.tables,
         samples=run.samples(),
         evidence={name: text for name, text in EVIDENCE.items() if (run.path / name).is_file()},
@@ -106,12 +109,23 @@ def write_report(
     run.write("report.html", page)
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=visible_value
-    )
-    return environment.get_template("report.html.j2")
+def rewrite_report(folder: Path) -> None:
+    """Put the verdict of run.json on top of a run's report, in place of an earlier one.
+
+    The rest of the page stays: its figures come from the training process.
+
+    Raises:
+        UserError: not the folder of a finished run.
+    """
+    verdict, file = read_finished_record(folder).get("verdict"), folder / "report.html"
+    if verdict is None or not file.is_file():
+        return
+    # No text of a user has these tags: all of them are escaped.
+    page = VERDICT.sub("", file.read_text(encoding="utf-8"))
+    section = page_template(FOLDER, "verdict.html.j2").render(verdict=verdict)
+    style = f"<style>\n{(FOLDER / 'style.css').read_text(encoding='utf-8')}</style>"
+    page = STYLE.sub(lambda _: style, page, count=1).replace("<main>", f"<main>\n{section}", 1)
+    write_text_atomically(file, page)
 
 
 def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -130,14 +144,16 @@ def _curve_svg(metrics: list[dict[str, Any]], key: str, title: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return figure_svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def figure_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element."""
     buffer = io.StringIO()
     # Texts stay texts: the browser has fonts for names that matplotlib's font lacks, such as Korean ones.
     with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs give equal pages
+        # No date: equal runs give equal pages.
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

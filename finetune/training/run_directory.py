@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.distributed.rank import dist_info
 from finetune.recipe import yaml_file
+from finetune.recipe.differences import differing_settings, flat_settings
 from finetune.recipe.disk import StorageError, writing
 from finetune.recipe.errors import LibraryError, Problem, UserError
 from finetune.recipe.recipe import Recipe
@@ -177,15 +178,11 @@ class RunDirectory:
         if not file.is_file():
             return ""
         then, now = yaml_file.read_yaml(file)[0], self.recipe.values()
-        pairs = [
-            (f"{section}.{key}", (then.get(section) or {}).get(key), value)
-            for section, values in now.items()
-            for key, value in values.items()
-        ]
         different = [
             f"{key}={yaml_file.format_value(old)} (here {yaml_file.format_value(new)})"
-            for key, old, new in pairs
-            if old != new
+            for key, (old, new) in differing_settings([then, now]).items()
+            # An earlier version may have had settings that this one does not have.
+            if key in flat_settings(now)
         ]
         return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
 
