@@ -1,0 +1,1 @@
+"""Verdict on two evaluations, and comparison of finished runs."""
