@@ -65,6 +65,9 @@ chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 generate: $(READY)  ## answer every row of a file: make generate RUN=runs/... DATA=questions.jsonl OUT=answers.jsonl
 	$(BIN)/llm-align generate $(RUN) $(DATA) $(if $(OUT),--out $(OUT)) $(ARGS)
 
+compare: $(READY)  ## compare runs: make compare RUNS="runs/... runs/..." ARGS="--html compare.html"
+	$(BIN)/llm-align compare $(RUNS) $(ARGS)
+
 merge: $(READY)  ## merge a run's adapter into its base: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
@@ -96,10 +99,7 @@ tiny-base: $(READY)  ## train the bundled base model from scratch (about 40 minu
 tiny-data: $(READY)  ## regenerate the bundled data
 	$(BIN)/python -m tools.tiny.data --out recipes/tiny/data
 
-compare: $(READY)  ## train every adapter on the bundled task: table and plot (about 40 minutes on two cores)
-	$(BIN)/python -m benchmarks.compare $(ARGS)
-
-bench-%: $(READY)  ## run a benchmark against another program: make bench-sft
+bench-%: $(READY)  ## run a benchmark: make bench-sft, against another program; make bench-compare, all adapters
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 clean:  ## delete the environment and caches, not the runs

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align.api import (
+        compare,
         data,
         generate,
         load_pipeline,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "compare",
     "data",
     "generate",
     "load_pipeline",

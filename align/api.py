@@ -19,6 +19,7 @@ from finetune.recipe.silence import silence_libraries
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from align.evaluation.compare import Comparison
     from align.generation.generate_file import GeneratedRows
     from align.pipeline.directory import PipelineResult
     from align.pipeline.plan import Pipeline
@@ -263,6 +264,31 @@ def generate(
         out=Path(out) if out is not None else None,
         force=force,
     )
+
+
+@for_python
+def compare(*runs: "str | Path | Result", html: str | Path | None = None) -> "Comparison":
+    """Compare two or more runs or evaluations, as ``llm-align compare`` does.
+
+    Args:
+        *runs: runs of any status (result, directory, name in ./runs or prefix), or folders that ``eval`` has
+            written for a base.
+        html: file of a page to write.
+
+    Raises:
+        UserError: fewer than two, no such run, runs of different stages without evaluations of the same
+            suites, or nothing in common.
+    """
+    from align.evaluation.compare import compare_models
+    from align.evaluation.models import load_models
+
+    comparison = compare_models(load_models([_run_name(run) for run in runs])[0])
+    if html is not None:
+        from align.evaluation.pages import comparison_page
+        from finetune.training.pages import write_named_page
+
+        write_named_page(comparison_page(comparison), Path(html))
+    return comparison
 
 
 @for_python

@@ -1,6 +1,6 @@
 """All adapters on the bundled task with an equal budget: the same rows, batches and optimizer steps.
 
-    make compare      or      python -m benchmarks.compare --steps 150
+    make bench-compare      or      python -m benchmarks.compare --steps 150
 
 Each adapter runs in a process of its own (for its own peak memory), on the quickstart's recipe, at several
 multiples of its default learning rate, of which the one with the lowest held-out loss counts: the bundled
@@ -121,7 +121,7 @@ def _header(content: dict[str, Any]) -> str:
     return (
         f"All adapters on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the best of "
         f"{content['factors']} times its default learning rate, {content['rows']} rows of exact match, "
-        f"{content['device']}, {content['date'][:10]}. Written by `make compare`.\n\n"
+        f"{content['device']}, {content['date'][:10]}. Written by `make bench-compare`.\n\n"
     )
 
 

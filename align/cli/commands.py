@@ -7,6 +7,7 @@ from typing import NoReturn
 import click
 
 from align.cli.arguments import RecipeArguments, foreign_options, recipe_arguments, run_argument
+from align.cli.compare import compare
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
 from align.cli.exit_status import (
     CHECK_FAILED,
@@ -207,6 +208,7 @@ add_stage_commands(cli)
 cli.add_command(run_command)
 cli.add_command(plan)
 cli.add_command(generate)
+cli.add_command(compare)
 cli.add_command(completion)
 for command in cli.commands.values():
     command.params.append(traceback_option())

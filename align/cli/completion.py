@@ -179,6 +179,18 @@ def complete_model(context: click.Context, parameter: click.Parameter, incomplet
     return items or [CompletionItem(incomplete, type="dir")]
 
 
+def complete_compared(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
+    """Complete a run of any status that is not named yet, or a folder of an evaluation."""
+    named = {
+        str(name).removeprefix(f"{RUNS_FOLDER}/") for name in context.params.get(parameter.name or "") or ()
+    }
+    prefix = f"{RUNS_FOLDER}/" if incomplete.startswith(f"{RUNS_FOLDER}/") else ""
+    runs = [run.path.name for run in list_runs() if not run.damage]
+    evaluations = [file.parent.name for file in sorted(RUNS_FOLDER.glob("*/eval.json"))]
+    names = [f"{prefix}{name}" for name in (*runs, *evaluations) if name not in named]
+    return _matching(_items(names), incomplete) or [CompletionItem(incomplete, type="dir")]
+
+
 def complete_parent(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Complete a finished run to start from, or ``stage/recipe``."""
     return _parents(incomplete)

@@ -1,0 +1,48 @@
+"""The page of an evaluation is self-contained and escapes texts; a run's report gets the verdict."""
+
+import json
+import re
+from pathlib import Path
+
+from handmade import HOSTILE, evaluation, graded, share, texts, write_run
+
+from align.evaluation.pages import write_evaluation_page
+from align.evaluation.verdict import make_verdict
+from finetune.training.report import rewrite_report
+
+BEFORE = evaluation(HOSTILE, graded("task", share(20), text=HOSTILE), texts("text", [1.0, 2.0, 3.0]))
+AFTER = evaluation(f"run {HOSTILE}", graded("task", share(60), text=HOSTILE), texts("text", [1.0, 2.0, 3.0]))
+
+
+def is_self_contained(html: str) -> bool:
+    requests = re.findall(r'<(?:script|link|img|iframe|object)\b|@import|url\((?!#)|(?:src|href)="', html)
+    return requests == []
+
+
+def test_an_evaluation_s_page(tmp_path: Path) -> None:
+    verdict = make_verdict(BEFORE, AFTER)
+    html = write_evaluation_page(tmp_path, AFTER, BEFORE, verdict.record()).read_text(encoding="utf-8")
+    assert is_self_contained(html) and "\x1b" not in html and "\u202e" not in html
+    assert 'class="verdict green"' in html and "Better at task by 40.0 points" in html
+    assert html.count("<section") == html.count("</section>") == 2  # the verdict and the answers
+    assert html.index(">wrong<") < html.index(">right<")  # changed answers are first
+    alone = write_evaluation_page(tmp_path, AFTER).read_text(encoding="utf-8")
+    assert 'id="verdict"' not in alone and "60.0 %" in alone and is_self_contained(alone)
+
+
+def test_a_report_gets_the_last_verdict(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    page = "<html><head><style>\nold\n</style></head><body>\n<main>\n<h2>Curves</h2></main></body></html>"
+    (run / "report.html").write_text(page)
+    rewrite_report(run)
+    assert (run / "report.html").read_text() == page  # no verdict yet
+    for before, after in ((BEFORE, AFTER), (AFTER, BEFORE)):
+        record = json.loads((run / "run.json").read_text())
+        record["verdict"] = make_verdict(before, after).record()
+        (run / "run.json").write_text(json.dumps(record))
+        rewrite_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert html.count('<section id="verdict" class="verdict red"') == html.count("</section>") == 1
+    assert html.index("<main>") < html.index("Worse at task") < html.index("<h2>Curves</h2>")
+    assert "old" not in html.partition("</head>")[0] and html.count("<style>") == 1
+    assert is_self_contained(html) and "\u202e" not in html
