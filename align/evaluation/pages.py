@@ -1,5 +1,6 @@
 """The pages of ``llm-align eval`` and ``llm-align compare``: self-contained HTML with SVG charts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from math import isfinite
@@ -9,16 +10,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from align.evaluation.advice import TrainedRun
 from align.evaluation.answers import Answers, common_results, item_answers
 from align.evaluation.changes import bar_scales
 from align.evaluation.compare import Comparison, SuiteFigures
 from align.evaluation.models import NOTHING, ComparedModel
 from align.evaluation.pairs import PairChange
+from align.evaluation.verdict import Verdict, make_verdict
 from finetune.evaluation.figures import format_estimate, format_value
-from finetune.evaluation.results import Estimate, Evaluation, SuiteResult
-from finetune.training.atomic_files import write_text_atomically
+from finetune.evaluation.results import Estimate, Evaluation, SuiteResult, save_evaluation
+from finetune.recipe.errors import Problem
+from finetune.recipe.runs import read_run_record
+from finetune.training.atomic_files import locked_folder, write_text_atomically
 from finetune.training.pages import page_template
-from finetune.training.report import figure_svg
+from finetune.training.report import figure_svg, rewrite_report
 
 FOLDER = Path(__file__).parent
 REPORT = "report.html"
@@ -67,6 +72,46 @@ def comparison_page(comparison: Comparison) -> str:
         curves=[_curves_svg(comparison.models, key, title) for key, title in comparison.curves.items()],
         answers=_answer_groups(answers, models),
     )
+
+
+def publish_evaluation(
+    folder: Path, evaluation: Evaluation, against: Evaluation | None, *, run: Path | None
+) -> Verdict | None:
+    """Write an evaluation with its page, and the verdict to eval.json, run.json and the run's report.
+
+    Args:
+        folder: the folder of the evaluation.
+        evaluation: the results of the model.
+        against: those of the model that it is compared with; None: there is no verdict.
+        run: the model's run; None of a base.
+
+    Raises:
+        UserError: another process uses the run directory.
+        StorageError: a file cannot be written.
+    """
+    if against is None:
+        save_evaluation(folder, evaluation)
+        write_evaluation_page(folder, evaluation)
+        return None
+    is_run = run is not None and (run / "run.json").is_file()
+    verdict = make_verdict(
+        against, evaluation, run=TrainedRun.of(run) if run is not None and is_run else None
+    )
+    record = verdict.record()
+    save_evaluation(folder, evaluation, more={"verdict": record})
+    write_evaluation_page(folder, evaluation, against, record)
+    if run is not None and is_run:
+        _store_verdict(run, record)
+        rewrite_report(run)
+    return verdict
+
+
+def _store_verdict(run: Path, verdict: Mapping[str, Any]) -> None:
+    in_use = Problem(str(run), "another process uses this folder", "one process at a time", "wait")
+    unwritable = Problem(str(run), "not writable", "a writable folder")
+    with locked_folder(run, in_use=in_use, unwritable=unwritable):
+        record = {**read_run_record(run), "verdict": verdict}
+        write_text_atomically(run / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_evaluation_page(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from handmade import HOSTILE, evaluation, graded, share, texts, write_run
 
-from align.evaluation.pages import write_evaluation_page
+from align.evaluation.pages import publish_evaluation, write_evaluation_page
 from align.evaluation.verdict import make_verdict
 from finetune.training.report import rewrite_report
 
@@ -30,19 +30,20 @@ def test_an_evaluation_s_page(tmp_path: Path) -> None:
     assert 'id="verdict"' not in alone and "60.0 %" in alone and is_self_contained(alone)
 
 
-def test_a_report_gets_the_last_verdict(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
+def test_the_last_verdict_is_in_report_run_and_evaluation(tmp_path: Path) -> None:
+    run, folder = write_run(tmp_path / "run"), tmp_path / "run" / "evaluation"
     page = "<html><head><style>\nold\n</style></head><body>\n<main>\n<h2>Curves</h2></main></body></html>"
     (run / "report.html").write_text(page)
+    assert publish_evaluation(folder, BEFORE, None, run=run) is None
     rewrite_report(run)
     assert (run / "report.html").read_text() == page  # no verdict yet
     for before, after in ((BEFORE, AFTER), (AFTER, BEFORE)):
-        record = json.loads((run / "run.json").read_text())
-        record["verdict"] = make_verdict(before, after).record()
-        (run / "run.json").write_text(json.dumps(record))
-        rewrite_report(run)
+        verdict = publish_evaluation(folder, after, before, run=run)
     html = (run / "report.html").read_text(encoding="utf-8")
     assert html.count('<section id="verdict" class="verdict red"') == html.count("</section>") == 1
     assert html.index("<main>") < html.index("Worse at task") < html.index("<h2>Curves</h2>")
     assert "old" not in html.partition("</head>")[0] and html.count("<style>") == 1
     assert is_self_contained(html) and "\u202e" not in html
+    stored = [json.loads(file.read_text())["verdict"] for file in (run / "run.json", folder / "eval.json")]
+    assert verdict is not None and stored[0] == stored[1] and stored[0]["sentence"] == verdict.sentence
+    assert json.loads((run / "run.json").read_text())["digest"] == "1a2b3c4d"
