@@ -26,8 +26,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def read_items(suite: NamedSuite) -> list[EvalItem]:
     """Return the items of a suite, each with an id, in the order of the rows.
 
-    With a limit a random sample is drawn by the suite's seed, the same in every evaluation. Items of one
-    cluster are drawn together, so that the limit counts clusters.
+    With a limit a random sample is drawn by the suite's seed, the same in every evaluation. It has as many
+    clusters as possible: a second item of a cluster is drawn after a first of each.
 
     Raises:
         UserError: the source cannot be read, rows do not fit the layout, or none is left.
@@ -45,7 +45,7 @@ def read_items(suite: NamedSuite) -> list[EvalItem]:
         reader = reader or _default_reader(settings, list(row.columns), where=str(suite.path))
         try:
             renamed = _renamed(row, settings.data.columns or {})
-            items += [_completed(item, row, settings, n) for n, item in enumerate(reader(renamed))]
+            items += [_completed(item, renamed, settings, n) for n, item in enumerate(reader(renamed))]
         except RowError as error:
             problems.append(row_problem(error, row.location))
     if problems:
@@ -92,7 +92,11 @@ def _completed(item: EvalItem, row: SourceRow, settings: Suite, number: int) -> 
         prompt = (Message("system", settings.system_prompt), *prompt)
     name = Path(row.location).name
     item_id = item.id or (name if number == 0 else f"{name}.{number}")
-    return replace(item, id=item_id, prompt=prompt, columns=item.columns or row.columns)
+    choices = item.choices
+    if settings.style == "text" and prompt and not prompt[-1].content[-1:].isspace():
+        # The space belongs to the choice: tokenizers join it to the word that follows.
+        choices = tuple(choice if choice[:1].isspace() else f" {choice}" for choice in choices)
+    return replace(item, id=item_id, prompt=prompt, choices=choices, columns=item.columns or row.columns)
 
 
 def _filled(text: str, columns: Mapping[str, Any]) -> str:
@@ -104,12 +108,16 @@ def _filled(text: str, columns: Mapping[str, Any]) -> str:
 
 
 def _sampled(items: list[EvalItem], limit: int | None, seed: int) -> list[EvalItem]:
-    clusters = list(dict.fromkeys(item.cluster or item.id for item in items))
-    if limit is None or len(clusters) <= limit:
+    if limit is None or len(items) <= limit:
         return items
-    indices = np.random.default_rng(seed).choice(len(clusters), size=limit, replace=False)
-    chosen = {clusters[index] for index in indices}
-    return [item for item in items if (item.cluster or item.id) in chosen]
+    # More items of one cluster would say less: they are not independent.
+    ranks: dict[str, int] = {}
+    order = []
+    for index in np.random.default_rng(seed).permutation(len(items)).tolist():
+        cluster = items[index].cluster or f"item {index}"
+        ranks[cluster] = ranks.get(cluster, 0) + 1
+        order.append((ranks[cluster], len(order), index))
+    return [items[index] for index in sorted(index for *_, index in sorted(order)[:limit])]
 
 
 def _with_unique_ids(items: Sequence[EvalItem]) -> list[EvalItem]:
