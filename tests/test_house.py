@@ -45,7 +45,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 SHORT_FILE = 80
 """A shorter file with one importer is a part of that importer."""
 REGISTRIES = ("data_templates", "finetune.adapters", "finetune.graders", "finetune.stages", "align.stages")
-REGISTRIES += ("align.preference.losses",)
+REGISTRIES += ("align.preference.losses", "finetune.evaluation.layouts")
 """Folders with one file for each thing that a recipe names; their own parts begin with an underscore."""
 
 

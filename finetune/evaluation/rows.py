@@ -112,7 +112,7 @@ def _sampled(items: list[EvalItem], limit: int | None, seed: int) -> list[EvalIt
         return items
     # More items of one cluster would say less: they are not independent.
     ranks: dict[str, int] = {}
-    order = []
+    order: list[tuple[int, int, int]] = []
     for index in np.random.default_rng(seed).permutation(len(items)).tolist():
         cluster = items[index].cluster or f"item {index}"
         ranks[cluster] = ranks.get(cluster, 0) + 1
