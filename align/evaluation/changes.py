@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from finetune.evaluation.comparison import Decision, Difference, compare, decide
@@ -10,6 +10,7 @@ from finetune.evaluation.comparison import Verdict as Shown
 from finetune.evaluation.figures import format_value
 from finetune.evaluation.items import SCORE, ItemResult
 from finetune.evaluation.results import Estimate, Evaluation, SuiteResult
+from finetune.evaluation.sequential import Look
 from finetune.evaluation.suites import metrics_of
 
 PURPOSES = ("task", "retention", "safety")
@@ -22,6 +23,7 @@ TONES = {"better": "good", "worse": "bad", "not shown": "unsure"}
 TURNED: Mapping[Shown, Shown] = {"better": "worse", "worse": "better", "not shown": "not shown"}
 MOST_DESCRIBED = 2
 """Suites of one status that a sentence gives numbers for."""
+SEQUENTIAL_TEST = "betting confidence sequence"
 OTHER_ITEMS = "the items or the settings of the suite differ"
 
 
@@ -153,7 +155,7 @@ class SuiteChange:
             "difference": difference.value,
             "low": finite(self.decision.low),
             "high": finite(self.decision.high),
-            "p_value": self.decision.p_value,
+            "p_value": finite(self.decision.p_value),
             "test": difference.test,
             "num_items": difference.count,
             "num_clusters": difference.clusters,
@@ -166,8 +168,17 @@ class SuiteChange:
         }
 
 
-def suite_changes(before: Evaluation, after: Evaluation) -> tuple[list[SuiteChange], list[str]]:
-    """Return the change on each suite that both evaluations have, and the other suites' names."""
+def suite_changes(
+    before: Evaluation, after: Evaluation, looks: Mapping[str, Look] | None = None
+) -> tuple[list[SuiteChange], list[str]]:
+    """Return the change on each suite that both evaluations have, and the other suites' names.
+
+    Args:
+        before: results of the other model.
+        after: results of the model.
+        looks: last look at each suite that a sequential comparison has stopped; its interval, valid at every
+            look and already corrected, decides. A test of a fixed number of items would not be valid.
+    """
     changes: list[SuiteChange] = []
     differences: list[tuple[int, Difference]] = []
     only_one = [name for name in before.suites if name not in after.suites]
@@ -177,7 +188,9 @@ def suite_changes(before: Evaluation, after: Evaluation) -> tuple[list[SuiteChan
             only_one.append(name)
             continue
         change, difference = _change(result, other)
-        if difference is not None:
+        if difference is not None and looks is not None and name in looks:
+            change = replace(change, decision=_sequential_decision(difference, looks[name]))
+        elif difference is not None:
             differences.append((len(changes), difference))
         changes.append(change)
     indices = [index for index, _ in differences]
@@ -187,6 +200,15 @@ def suite_changes(before: Evaluation, after: Evaluation) -> tuple[list[SuiteChan
     for index, change in zip(indices, decided_changes, strict=True):
         changes[index] = change
     return sorted(changes, key=lambda change: PURPOSES.index(change.purpose)), only_one
+
+
+def _sequential_decision(difference: Difference, look: Look) -> Decision:
+    seen = replace(
+        difference, value=look.value, low=look.low, high=look.high, p_value=nan, test=SEQUENTIAL_TEST
+    )
+    improved = (look.value > 0) == (difference.better == "higher")
+    shown: Shown = ("better" if improved else "worse") if look.decided else "not shown"
+    return Decision(seen, shown, nan, look.low, look.high)
 
 
 def decided(changes: Sequence[SuiteChange], differences: Sequence[Difference]) -> list[SuiteChange]:

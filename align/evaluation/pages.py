@@ -19,6 +19,7 @@ from align.evaluation.pairs import PairChange
 from align.evaluation.verdict import Verdict, make_verdict
 from finetune.evaluation.figures import format_estimate, format_value
 from finetune.evaluation.results import Estimate, Evaluation, SuiteResult, save_evaluation
+from finetune.evaluation.sequential import Look
 from finetune.recipe.errors import Problem
 from finetune.recipe.runs import read_run_record
 from finetune.training.atomic_files import locked_folder, write_text_atomically
@@ -75,7 +76,12 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def publish_evaluation(
-    folder: Path, evaluation: Evaluation, against: Evaluation | None, *, run: Path | None
+    folder: Path,
+    evaluation: Evaluation,
+    against: Evaluation | None,
+    *,
+    run: Path | None,
+    looks: Mapping[str, Look] | None = None,
 ) -> Verdict | None:
     """Write an evaluation with its page, and the verdict to eval.json, run.json and the run's report.
 
@@ -84,6 +90,7 @@ def publish_evaluation(
         evaluation: the results of the model.
         against: those of the model that it is compared with; None: there is no verdict.
         run: the model's run; None of a base.
+        looks: last look at each suite that ``--until-decided`` has stopped.
 
     Raises:
         UserError: another process uses the run directory.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from align.evaluation.advice import TrainedRun, next_action
 from align.evaluation.changes import MOST_DESCRIBED, SuiteChange, bar_scales, describe_all, suite_changes
 from finetune.evaluation.results import Evaluation
+from finetune.evaluation.sequential import Look
 from finetune.recipe.errors import CheckFailedError, Problem
 
 Status = Literal["better", "mixed", "not shown", "worse", "not compared"]
@@ -136,7 +137,13 @@ class Verdict:
         }
 
 
-def make_verdict(before: Evaluation, after: Evaluation, *, run: TrainedRun | None = None) -> Verdict:
+def make_verdict(
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    run: TrainedRun | None = None,
+    looks: Mapping[str, Look] | None = None,
+) -> Verdict:
     """Return the verdict on a model (``after``) against another one (``before``).
 
     At most 5 % of comparisons of equal models say "better" or "worse" at the task, however many suites there
@@ -146,8 +153,9 @@ def make_verdict(before: Evaluation, after: Evaluation, *, run: TrainedRun | Non
         before: results of the base, or of another run.
         after: results of the model.
         run: settings and findings of the model's run, for advice.
+        looks: last look at each suite that ``--until-decided`` has stopped (``suite_changes``).
     """
-    changes, only_one = suite_changes(before, after)
+    changes, only_one = suite_changes(before, after, looks)
     verdict = Verdict(after.model, before.model, changes, only_one)
     return replace(verdict, action=next_action(changes, verdict.status, run))
 

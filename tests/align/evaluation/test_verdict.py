@@ -8,6 +8,7 @@ from handmade import evaluation, graded, share, texts, write_run
 
 from align.evaluation.advice import TrainedRun
 from align.evaluation.verdict import check_required, make_verdict
+from finetune.evaluation.sequential import Look
 from finetune.recipe.errors import CheckFailedError
 
 BASE = evaluation("base", graded("task", share(20)), graded("skills", share(80), purpose="retention"))
@@ -85,6 +86,15 @@ def test_a_preference_against_the_other_model_is_compared_with_even() -> None:
     assert verdict.changes[0].decision is not None
     assert verdict.changes[0].decision.difference.value == pytest.approx(0.25)
     assert verdict.status == "better"
+
+
+def test_a_sequential_comparison_decides_by_its_own_interval() -> None:
+    # 6 gained of 100: McNemar p = 2 / 2^6 = 0.03 at a fixed size, which is not valid after several looks.
+    assert make_verdict(BASE, after(26, 80)).status == "better"
+    for low, status in ((-0.02, "not shown"), (0.01, "better")):
+        verdict = make_verdict(BASE, after(26, 80), looks={"task": Look(48, 0.06, low, 0.14)})
+        assert verdict.status == status and f"{100 * abs(low):.1f} to" in verdict.sentence
+        assert json.loads(json.dumps(verdict.record(), allow_nan=False))["suites"][0]["p_value"] is None
 
 
 def test_require() -> None:
