@@ -35,15 +35,20 @@ class Answers:
     scores: Sequence[float | None] = field(default=())
 
     @property
-    def is_different(self) -> bool:
-        """Return whether two models answer differently."""
-        return len({text for text in self.texts if text is not None}) > 1
+    def num_different(self) -> int:
+        """Return the number of different answers."""
+        return len({text for text in self.texts if text is not None})
 
     @property
-    def order(self) -> tuple[bool, bool]:
-        """Return the sort key: other scores first, then other texts."""
+    def is_different(self) -> bool:
+        """Return whether two models answer differently."""
+        return self.num_different > 1
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Return the sort key: other scores first, then by the number of different answers."""
         scores = {score for score in self.scores if score is not None}
-        return (len(scores) <= 1, not self.is_different)
+        return (len(scores) <= 1, -self.num_different)
 
 
 def answer_text(evidence: Mapping[str, Any]) -> str:

@@ -216,13 +216,20 @@ def _held_out_metrics(models: Sequence[ComparedModel], *, graded: bool) -> dict[
     """
     own = [model.record.get("metrics", {}) for model in models]
     names = dict.fromkeys(key for metrics in own for key in metrics)
-    return {
-        name.removeprefix(EVAL_PREFIX).removesuffix(AFTER): [metrics.get(name) for metrics in own]
-        for name in names
-        if name.startswith(EVAL_PREFIX)
-        and name.endswith(AFTER)
-        and sum(name in metrics for metrics in own) > 1
-    }
+    final = [name for name in names if name.startswith(EVAL_PREFIX) and name.endswith(AFTER)]
+    if graded:
+        final = [name for name in final if not name.removeprefix(EVAL_PREFIX).startswith(GRADED_METRICS)]
+    common = [name for name in final if sum(name in metrics for metrics in own) > 1]
+    return {_metric_label(models, name): [metrics.get(name) for metrics in own] for name in common}
+
+
+def _metric_label(models: Sequence[ComparedModel], name: str) -> str:
+    """Return a metric's name, with its number of rows if that is the same for all models."""
+    metric = name.removesuffix(AFTER)
+    counts = {model.record.get("cases", {}).get(metric) for model in models if model.record}
+    label = metric.removeprefix(EVAL_PREFIX)
+    count = counts.pop() if len(counts) == 1 else None
+    return f"{label} ({count:,} rows)" if count else label
 
 
 def _notes(models: Sequence[ComparedModel], stages: Sequence[str]) -> list[str]:
