@@ -9,6 +9,7 @@ from finetune.evaluation.comparison import Decision, Difference, compare, decide
 from finetune.evaluation.comparison import Verdict as Shown
 from finetune.evaluation.figures import format_value
 from finetune.evaluation.items import SCORE, ItemResult
+from finetune.evaluation.metrics import Metric
 from finetune.evaluation.results import Estimate, Evaluation, SuiteResult
 from finetune.evaluation.sequential import Look
 from finetune.evaluation.suites import metrics_of
@@ -21,6 +22,7 @@ NEGLIGIBLE = 0.01
 """Part of a figure such as bits per byte below which a change is no loss: tests show even less."""
 TONES = {"better": "good", "worse": "bad", "not shown": "unsure"}
 TURNED: Mapping[Shown, Shown] = {"better": "worse", "worse": "better", "not shown": "not shown"}
+NO_DIRECTION = "neither a higher nor a lower value is better"
 MOST_DESCRIBED = 2
 """Suites of one status that a sentence gives numbers for."""
 SEQUENTIAL_TEST = "betting confidence sequence"
@@ -231,9 +233,12 @@ def decided(changes: Sequence[SuiteChange], differences: Sequence[Difference]) -
 
 
 def _change(result: SuiteResult, other: SuiteResult | None) -> tuple[SuiteChange, Difference | None]:
-    name, estimate = result.headline
-    metric = metrics_of(result.settings)[0]
-    change = SuiteChange(result.suite, str(result.settings["purpose"]), name, estimate)
+    estimate, metric = result.headline[1], metrics_of(result.settings)[0]
+    change = SuiteChange(
+        result.suite, str(result.settings["purpose"]), metric_label(result, metric), estimate
+    )
+    if not has_direction(metric):
+        return replace(change, reason=NO_DIRECTION), None
     if other is None:
         difference = compare(metric, [_even(item) for item in result.items], result.items)
     elif other.fingerprint != result.fingerprint:
@@ -242,8 +247,21 @@ def _change(result: SuiteResult, other: SuiteResult | None) -> tuple[SuiteChange
         change = replace(change, before=other.headline[1])
         difference = compare(metric, other.items, result.items)
     if difference is None:
-        return replace(change, reason=f"{name} is undefined"), None
+        return replace(change, reason=f"{change.metric} is undefined"), None
     return change, difference
+
+
+def has_direction(metric: Metric) -> bool:
+    """Return whether one value of a metric is better than another one, such as a lower bias score."""
+    return metric.better != "neither" or metric.best is not None
+
+
+def metric_label(result: SuiteResult, metric: Metric) -> str:
+    """Return the name of a suite's headline; its differences may be of the distance from the best value."""
+    name = result.headline[0]
+    if metric.better != "neither" or metric.best is None:
+        return name
+    return f"{name}, distance from {format_value(metric.best, percent=metric.percent)}"
 
 
 def _even(item: ItemResult) -> ItemResult:

@@ -7,7 +7,14 @@ from typing import Any
 from align.evaluation.answers import Answers, common_results, item_answers, sample_answers
 from align.evaluation.changes import PURPOSES, estimate_record
 from align.evaluation.models import NOTHING, ComparedModel, same_recipe, settings_that_differ
-from align.evaluation.pairs import PairChange, Quality, best_model, pair_changes, recipe_changes
+from align.evaluation.pairs import (
+    PairChange,
+    Quality,
+    best_model,
+    pair_changes,
+    recipe_changes,
+    with_direction,
+)
 from align.pipeline.report import format_duration
 from finetune.evaluation.results import Estimate
 from finetune.recipe.errors import Problem, UserError
@@ -128,8 +135,9 @@ def compare_models(models: Sequence[ComparedModel]) -> Comparison:
         raise UserError(
             Problem("RUN", actual, "runs or evaluations with something in common", _evaluate(models))
         )
-    pairs = pair_changes([model.letter for model in models], quality)
-    recipes = recipe_changes(models, quality)
+    directed = with_direction(quality)
+    pairs = pair_changes([model.letter for model in models], directed)
+    recipes = recipe_changes(models, directed)
     winner, sentence = _result(models, pairs, recipes)
     figures = [_figures(name, results) for name, results in quality.items()]
     graded = {entry.prompt for suite in figures for entry in suite.answers}

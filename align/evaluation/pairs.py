@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import t
 
-from align.evaluation.changes import SuiteChange, decided
+from align.evaluation.changes import SuiteChange, decided, has_direction, metric_label
 from align.evaluation.models import ComparedModel, same_recipe
 from finetune.evaluation.comparison import Difference, compare, more_items_needed
 from finetune.evaluation.metrics import Better
@@ -41,6 +41,17 @@ class PairChange:
         return PairChange(self.second, self.first, self.change.turned())
 
 
+def with_direction(quality: Quality) -> Quality:
+    """Return the suites of whose headline one value is better than another one."""
+    settings = {
+        suite: next(result.settings for result in results if result is not None)
+        for suite, results in quality.items()
+    }
+    return {
+        suite: results for suite, results in quality.items() if has_direction(metrics_of(settings[suite])[0])
+    }
+
+
 def pair_changes(letters: Sequence[str], quality: Quality) -> list[PairChange]:
     """Return the changes of all pairs on all suites.
 
@@ -52,10 +63,11 @@ def pair_changes(letters: Sequence[str], quality: Quality) -> list[PairChange]:
         for (first, before), (second, after) in combinations(zip(letters, results, strict=True), 2):
             if before is None or after is None:
                 continue
-            difference = compare(metrics_of(after.settings)[0], before.items, after.items)
+            metric = metrics_of(after.settings)[0]
+            difference = compare(metric, before.items, after.items)
             if difference is not None:
-                purpose, (metric, estimate) = str(after.settings["purpose"]), after.headline
-                change = SuiteChange(suite, purpose, metric, estimate, before.headline[1])
+                purpose, label = str(after.settings["purpose"]), metric_label(after, metric)
+                change = SuiteChange(suite, purpose, label, after.headline[1], before.headline[1])
                 pairs.append(PairChange(first, second, change))
                 differences.append(difference)
     changes = decided([pair.change for pair in pairs], differences)

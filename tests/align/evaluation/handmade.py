@@ -22,6 +22,7 @@ def graded(
     task: str = "completion",
     fingerprint: str = "equal",
     text: str = "answer",
+    layout: str | None = None,
 ) -> SuiteResult:
     """Return the result of a suite with these scores."""
     items = [
@@ -34,7 +35,8 @@ def graded(
         )
         for number, score in enumerate(scores)
     ]
-    return _suite(name, items, purpose, task, fingerprint)
+    settings = {"task": task, "purpose": purpose, "data": {"layout": layout}}
+    return _suite(name, items, settings, fingerprint)
 
 
 def texts(name: str, bits_per_byte: Sequence[float], *, purpose: str = "retention") -> SuiteResult:
@@ -49,11 +51,13 @@ def texts(name: str, bits_per_byte: Sequence[float], *, purpose: str = "retentio
         )
         for number, bits in enumerate(bits_per_byte)
     ]
-    return _suite(name, items, purpose, "perplexity", "equal")
+    return _suite(name, items, {"task": "perplexity", "purpose": purpose}, "equal")
 
 
-def _suite(name: str, items: Sequence[ItemResult], purpose: str, task: str, fingerprint: str) -> SuiteResult:
-    settings = {"task": task, "purpose": purpose, "description": name, "data": {"layout": None}}
+def _suite(
+    name: str, items: Sequence[ItemResult], settings: Mapping[str, Any], fingerprint: str
+) -> SuiteResult:
+    settings = {"description": name, "data": {"layout": None}, **settings}
     metrics, groups = suite_estimates(metrics_of(settings), items)
     return SuiteResult(name, settings, fingerprint, items, metrics, groups)
 

@@ -79,6 +79,21 @@ def test_other_items_are_not_compared() -> None:
     assert "same suites" in verdict.action and not verdict.meets("not-worse")
 
 
+@pytest.mark.parametrize(
+    ("layout", "status", "text"),
+    [
+        # A stereotype rate of 60 % is 10 points from its best, 50 %; one of 45 % is 5 points from it.
+        ("crows_pairs", "not shown", "\u22125.0 points"),
+        ("anthropic_evals", "", "neither a higher nor a lower value is better"),
+    ],
+)
+def test_a_metric_whose_best_value_is_in_between(layout: str, status: str, text: str) -> None:
+    before, later = (graded("bias", share(count), purpose="safety", layout=layout) for count in (60, 45))
+    (change,) = make_verdict(evaluation("b", before), evaluation("r", later)).changes
+    assert change.status == status
+    assert text in (change.difference_text if status else change.reason)
+
+
 def test_a_preference_against_the_other_model_is_compared_with_even() -> None:
     compared = graded("judge", [1.0] * 70 + [0.5] * 10 + [0.0] * 20, task="preference")
     verdict = make_verdict(evaluation("base"), evaluation("run", compared))
