@@ -14,7 +14,7 @@ from finetune.recipe.python_rows import from_python
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.recipe_name import DEFAULT_STAGE, resolve_name
 from finetune.recipe.runs import find_run
-from finetune.recipe.silence import silence_libraries
+from finetune.recipe.silence import filter_foreign_lines
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Reward = str | Path | Callable[..., Any]
     Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | ArrowStream
 
+filter_foreign_lines()  # before the functions below import the libraries
 
 @for_python
 def load_recipe(
@@ -99,8 +100,6 @@ def load_tuned(directory: "str | Path | Result") -> "LoadedModel":
     Raises:
         UserError: there is no such run, or it is not finished.
     """
-    # Before the first import of a library that would warn.
-    silence_libraries()
     from finetune.training import loaded_model
 
     return loaded_model.load_for_generation(_find_finished_run(directory))
@@ -117,7 +116,6 @@ def load_reward(directory: "str | Path | Result") -> "RewardModel":
     Raises:
         UserError: there is no such run, or it is not a finished run of stage reward.
     """
-    silence_libraries()
     from align.reward import scorer
 
     return scorer.load_reward_model(_find_finished_run(directory))
@@ -160,7 +158,6 @@ def run(
         NotFiniteError: the loss or the gradient became NaN or infinite.
         LostProcessError: one of the run's processes died.
     """
-    silence_libraries()
     from finetune.recipe.console import Terminal, working
 
     console = Terminal()
@@ -209,7 +206,6 @@ def data(recipe: Recipe, *, rows: int = 3) -> dict[str, Any]:
     Raises:
         UserError: invalid data, with the location and the field of the rows, or an unknown base.
     """
-    silence_libraries()
     from align.cli.data_preview import preview
 
     return preview(recipe, rows=rows)
@@ -250,7 +246,6 @@ def generate(
     Raises:
         UserError: there is no such model, the rows have no prompts, or the output is of another call.
     """
-    silence_libraries()
     from align.generation import generate_file
     from align.generation.model_source import ModelSource
     from align.generation.settings import GenerateSettings
@@ -338,7 +333,6 @@ def run_pipeline(
         Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
-    silence_libraries()
     from align.pipeline import runner
     from finetune.recipe.console import Terminal
 
