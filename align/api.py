@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 filter_foreign_lines()  # before the functions below import the libraries
 
+
 @for_python
 def load_recipe(
     name: str | None = None,

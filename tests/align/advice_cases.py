@@ -394,4 +394,47 @@ REJECTION = (
         (Advice("raise sampling.temperature", {"sampling.temperature": 1.0}),),
     ),
 )
-FAULTS = (*SFT, *DPO, *PPO, *REJECTION)
+REJECTION += (
+    Fault(
+        "rejection",
+        {"train.learning_rate": 1e-6},
+        "reward",
+        "eval/objective/reward_after",
+        1,
+        (
+            Advice("raise train.learning_rate", {"train.learning_rate": 1e-2}),
+            Advice("or rejection.num_generations", {"rejection.num_generations": 16} | HIGHER),
+        ),
+    ),
+    Fault(
+        "rejection",
+        {"adapter": FULL, "train.learning_rate": 1.0},
+        "reward",
+        "eval/objective/reward_after",
+        1,
+        (Advice(LOWER, {"train.learning_rate": 1e-3}),),
+    ),
+)
+MANY_PAIRS = {"rows": {"number": 260}, "data.held_out": 200}
+REWARD = (
+    Fault(
+        "reward",
+        MANY_PAIRS | {"train.learning_rate": 1e-7},
+        "accuracy",
+        "eval/rewards/accuracies_after",
+        1,
+        (
+            Advice("raise train.learning_rate", {"train.learning_rate": 1e-2}),
+            Advice("train longer", {"train.max_steps": 300, "train.learning_rate": 1e-7}),
+        ),
+    ),
+    Fault(
+        "reward",
+        {"rows": {"exchanged": True}, "held_out_rows": {"number": 100, "seed": 1}},
+        "accuracy",
+        "eval/rewards/accuracies_after",
+        1,
+        (Advice("`chosen` and `rejected` exchanged", {"rows": {}}),),
+    ),
+)
+FAULTS = (*SFT, *DPO, *PPO, *REJECTION, *REWARD)

@@ -62,6 +62,7 @@ def variety(prompt, completion):
 RECIPES = {
     "sft": "",
     "dpo": "",
+    "reward": "",
     "ppo": "rewards: {{sources: '{rewards}:early'}}\nsampling: {{max_new_tokens: 12}}\n"
     "ppo: {{rollout_size: 32, ppo_epochs: 2, kl_coef: 0.05, missing_eos_reward: null}}\n",
     "rejection": "rewards: {{sources: '{rewards}:early'}}\nsampling: {{max_new_tokens: 12}}\n"
@@ -133,6 +134,7 @@ def prompt_rows(number: int, *, seed: int = 0) -> list[dict[str, Any]]:
 ROWS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "sft": sft_rows,
     "dpo": pair_rows,
+    "reward": pair_rows,
     **dict.fromkeys(("ppo", "rejection", "grpo"), prompt_rows),
 }
 
@@ -168,7 +170,7 @@ class Workshop:
             base=self.folder / "base",
             rows=rows,
             rewards=self.folder / "rewards.py",
-            max_length=64 if stage in ("sft", "dpo") else "null",
+            max_length=64 if stage in ("sft", "dpo", "reward") else "null",
             adapter=settings.pop("adapter", LORA),
         )
         recipe = self.folder / f"{name}.yaml"

@@ -17,6 +17,8 @@ SOURCES = (
     "align/dpo/diagnostics.py",
     "align/ppo/diagnostics.py",
     "align/rejection/diagnostics.py",
+    "align/reward/diagnostics.py",
+    "align/rl/reward_finding.py",
     "align/rl/first_completions.py",
 )
 NOT_FOLLOWED = {
