@@ -1,6 +1,8 @@
 """Exit statuses of ``llm-align``, and the messages of runs that stop."""
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from finetune.recipe.errors import LibraryError, UserError
 from finetune.recipe.python_messages import command_line_messages
 from finetune.recipe.silence import silence_libraries
 from finetune.recipe.terminal import discard, echo
+from finetune.recipe.user_calls import CALLS
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 CLOSED_OUTPUT = 141
@@ -65,7 +68,19 @@ def fail(message: str, status: int) -> NoReturn:
     # With `2>&1 | head` the errors have no reader either.
     except OSError:
         discard(sys.stderr)
+    if CALLS.was_stopped and has_user_threads():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        # The interpreter would wait for them without end.
+        os._exit(status)
     sys.exit(status)
+
+
+def has_user_threads() -> bool:
+    """Return whether threads run for whose end Python waits: none of ours does."""
+    return any(
+        not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()
+    )
 
 
 class OutputGroup(click.Group):

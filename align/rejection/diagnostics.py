@@ -26,7 +26,6 @@ from finetune.training.samples import prompt_text
 
 MAX_EQUAL_REWARD_FRACTION = 0.5
 """Fraction of prompts with equal rewards from which the selection is mostly arbitrary."""
-RAISE_GAIN = "raise train.learning_rate or rejection.num_generations"
 ROUND_COLUMNS = {
     "prompts": ("prompts", ",d"),
     "completions": ("completions", ",d"),
@@ -95,7 +94,7 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
 
 def diagnose_rejection(reward: MeanChange | None) -> list[Finding]:
     """Return the findings of a run: the change of the held-out reward; empty without held-out prompts."""
-    return [] if reward is None else [reward_finding(reward, raise_gain=RAISE_GAIN)]
+    return [] if reward is None else [reward_finding(reward, raise_gain="raise train.learning_rate")]
 
 
 def equal_reward_fraction(candidates: Sequence[Candidate]) -> float:

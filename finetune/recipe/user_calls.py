@@ -101,12 +101,23 @@ class RunningCall:
 
 @dataclass
 class CallLog:
-    """The calls of user functions in this process, by function; ``running`` is the call in progress."""
+    """The calls of user functions in this process, by function.
+
+    Attributes:
+        limit: seconds that a call may take; None: no limit.
+        times: calls by function.
+        reported: functions that were reported as slow.
+        running: the call in progress.
+        was_stopped: whether a call was ended by its limit or by Ctrl-C: its threads may still run.
+        watcher: the thread that reports.
+        lock: guards ``watcher``.
+    """
 
     limit: float | None = DEFAULT_LIMIT
     times: dict[str, CallTimes] = field(default_factory=dict)
     reported: set[str] = field(default_factory=set)
     running: RunningCall | None = None
+    was_stopped: bool = False
     watcher: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -127,6 +138,9 @@ class CallLog:
         self._watch()
         try:
             yield call
+        except (FunctionTimeoutError, KeyboardInterrupt):
+            self.was_stopped = True
+            raise
         finally:
             self.running = outer
             self.times.setdefault(function, CallTimes()).add(time.monotonic() - call.start)

@@ -401,10 +401,7 @@ REJECTION += (
         "reward",
         "eval/objective/reward_after",
         1,
-        (
-            Advice("raise train.learning_rate", {"train.learning_rate": 1e-2}),
-            Advice("or rejection.num_generations", {"rejection.num_generations": 16} | HIGHER),
-        ),
+        (Advice("raise train.learning_rate", {"train.learning_rate": 1e-2}),),
     ),
     Fault(
         "rejection",

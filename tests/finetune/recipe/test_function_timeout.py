@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,3 +135,29 @@ def test_without_a_limit_no_signal_is_used(
     monkeypatch.setattr(CALLS, "limit", None)
     handler = "return float(signal.getsignal(signal.SIGALRM) == signal.SIG_DFL)"
     assert load(handler)("p", "c") == 1.0
+
+
+POOL = """
+import sys
+from align.cli.exit_status import fail
+from finetune.recipe.errors import UserError
+from finetune.recipe.user_calls import CALLS
+from finetune.recipe.user_function import call_for_number, load_user_function
+CALLS.limit = 0.2
+try:
+    call_for_number(load_user_function("{file}:rule", where="here"), "p", "c", where="reward")
+except UserError as error:
+    fail(str(error), 2)
+"""
+
+
+def test_the_program_does_not_wait_for_threads_of_the_function(tmp_path: Path) -> None:
+    file = tmp_path / "rules.py"
+    file.write_text(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\n\n"
+        "def rule(prompt, completion):\n    pool = ThreadPoolExecutor(1)\n"
+        "    return pool.submit(time.sleep, 60).result()\n"
+    )
+    command = [sys.executable, "-c", POOL.format(file=file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert result.returncode == 2 and "did not return within 0.2 s" in result.stderr
