@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from advice_cases import AS_PRINTED, FAULTS, MEASURES, Advice, Fault
+from advice_cases import AS_PRINTED, DPO, MEASURES, REWARD, SFT, Advice, Fault
+from advice_rl_cases import PPO, REJECTION
 from advice_runs import Workshop
 
 from finetune.training.result import Result
 
+FAULTS = (*SFT, *DPO, *REWARD, *PPO, *REJECTION)
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     "finetune/training/curve_findings.py",
