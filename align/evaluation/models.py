@@ -21,13 +21,11 @@ from finetune.recipe.runs import (
     refuse_outdated,
 )
 from finetune.training.atomic_files import read_jsonl
-from finetune.training.run_directory import METRICS
+from finetune.training.run_directory import EVALUATION, METRICS
 
 SEED = "train.seed"
 NOTHING = "–"
 """Cell of a model without the figure or the setting."""
-RUN_EVALUATION = "evaluation"
-"""Folder of a run's own evaluation."""
 EXPECTED = "two or more runs, or folders that `llm-align eval` has written"
 
 
@@ -67,7 +65,8 @@ class ComparedModel:
 
     def setting_text(self, key: str) -> str:
         """Return a setting as a text, a dash where the model has no such setting."""
-        return yaml_file.format_value(self.settings[key]) if key in self.settings else NOTHING
+        value = self.settings.get(key, NOTHING)
+        return value if isinstance(value, str) else yaml_file.format_value(value)
 
     @property
     def seed(self) -> int | None:
@@ -136,7 +135,7 @@ def _load(letter: str, folder: Path) -> ComparedModel:
     if not record:
         evaluation = load_evaluation(folder)
         return ComparedModel(letter, evaluation.model, folder, suites=evaluation.suites)
-    evaluated = folder / RUN_EVALUATION
+    evaluated = folder / EVALUATION
     evaluation = (
         load_evaluation(evaluated) if (evaluated / EVALUATION_FILE).is_file() else Evaluation("", {}, {})
     )

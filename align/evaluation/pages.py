@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from align.evaluation.advice import TrainedRun
 from align.evaluation.answers import Answers, common_results, item_answers
-from align.evaluation.changes import bar_scales
+from align.evaluation.changes import PURPOSES, bar_scales
 from align.evaluation.compare import Comparison, SuiteFigures
 from align.evaluation.models import NOTHING, ComparedModel
 from align.evaluation.pairs import PairChange
@@ -36,6 +36,8 @@ MOST_ANSWERS = 8
 """Prompts of a suite that a page shows, those with differing answers first."""
 LONGEST_TEXT = 700
 """Characters of a prompt or an answer that a page shows."""
+MOST_PAIRS = 30
+"""Changes of pairs of models that a page shows."""
 MOST_GROUPS = 12
 """Groups of a suite that a page shows."""
 
@@ -64,6 +66,7 @@ def comparison_page(comparison: Comparison) -> str:
         source=comparison.source,
         suites=[_compared_card(figures, models) for figures in comparison.quality],
         pairs=_pair_rows(comparison.pairs, css),
+        num_pairs=len(comparison.pairs),
         recipes=_pair_rows(comparison.recipes, css),
         tables={
             "Settings that differ": settings,
@@ -177,7 +180,7 @@ def _pair_rows(pairs: Sequence[PairChange], css: Mapping[str, str]) -> list[dict
             "second": pair.second,
             "second_css": css[pair.second[0]],
         }
-        for pair in pairs
+        for pair in sorted(pairs, key=lambda pair: PURPOSES.index(pair.change.purpose))[:MOST_PAIRS]
     ]
 
 
@@ -222,7 +225,7 @@ def _suite_card(results: Sequence[SuiteResult | None], models: Sequence[Mapping[
     card = _card(result.suite, result.headline[0], str(result.settings["purpose"]), rows)
     further = [f"{name} {format_estimate(estimate)}" for name, estimate in list(result.metrics.items())[1:]]
     hidden = len(groups) - MOST_GROUPS
-    notes = [f"{hidden} further groups are better than these."] if hidden > 0 else []
+    notes = [f"{hidden} further groups have higher figures."] if hidden > 0 else []
     return {
         **card,
         "description": result.settings.get("description", ""),
@@ -292,6 +295,10 @@ def _answer_groups(
 def _answer_group(
     name: str, answers: Sequence[Answers], models: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
+    if len(models) == 1:
+        answers = sorted(
+            answers, key=lambda entry: [inf if score is None else score for score in entry.scores]
+        )
     different = sum(entry.is_different for entry in answers)
     shown = answers[:MOST_ANSWERS]
     count = f"{len(answers):,} prompt{'s' if len(answers) != 1 else ''}"

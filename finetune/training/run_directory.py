@@ -46,7 +46,9 @@ METRICS = "metrics.jsonl"
 RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, ROLLOUTS, HELD_OUT, "report.html", "run.json")
 MERGED, RULES = "merged", "rules"
 CANDIDATES, ROUNDS = "drawn", "rounds"
-RUN_FOLDERS = ("adapter", "model", MERGED, RULES, CANDIDATES, ROUNDS, "checkpoints")
+EVALUATION = "evaluation"
+"""Folder of the results of ``llm-align eval``."""
+RUN_FOLDERS = ("adapter", "model", MERGED, RULES, CANDIDATES, ROUNDS, EVALUATION, "checkpoints")
 
 
 class RunDirectory:

@@ -27,6 +27,7 @@ def test_an_evaluation_s_page(tmp_path: Path) -> None:
     assert html.count("<section") == html.count("</section>") == 2  # the verdict and the answers
     assert html.index(">wrong<") < html.index(">right<")  # changed answers are first
     alone = write_evaluation_page(tmp_path, AFTER).read_text(encoding="utf-8")
+    assert alone.count(">wrong<") == 8  # the lowest scores first
     assert 'id="verdict"' not in alone and "60.0 %" in alone and is_self_contained(alone)
 
 

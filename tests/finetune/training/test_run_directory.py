@@ -218,7 +218,9 @@ def test_a_finished_run_is_not_repeated(tune: Tune) -> None:
 def test_force_replaces_another_recipe(tune: Tune) -> None:
     first = tune(train__max_steps=4)
     (first.directory / "notes.txt").write_text("mine")
+    (first.directory / "evaluation").mkdir()  # of the replaced weights
     second = tune(train__max_steps=2, force=True)
+    assert not (first.directory / "evaluation").exists()
     assert second.record["digest"] != first.record["digest"]
     assert [entry["step"] for entry in second.metrics] == [1, 2]
     assert (first.directory / "notes.txt").read_text() == "mine"
