@@ -18,7 +18,14 @@ from align.evaluation.models import NOTHING, ComparedModel
 from align.evaluation.pairs import PairChange
 from align.evaluation.verdict import Verdict, make_verdict
 from finetune.evaluation.figures import format_estimate, format_value
-from finetune.evaluation.results import Estimate, Evaluation, SuiteResult, save_evaluation
+from finetune.evaluation.results import (
+    EVALUATION_FILE,
+    Estimate,
+    Evaluation,
+    SuiteResult,
+    load_evaluation,
+    save_evaluation,
+)
 from finetune.evaluation.sequential import Look
 from finetune.recipe.errors import Problem
 from finetune.recipe.runs import read_run_record
@@ -91,7 +98,7 @@ def publish_evaluation(
     Args:
         folder: the folder of the evaluation.
         evaluation: the results of the model.
-        against: those of the model that it is compared with; None: there is no verdict.
+        against: those of the model that it is compared with; None: there is no new verdict.
         run: the model's run; None of a base.
         looks: last look at each suite that ``--until-decided`` has stopped.
 
@@ -100,8 +107,10 @@ def publish_evaluation(
         StorageError: a file cannot be written.
     """
     if against is None:
-        save_evaluation(folder, evaluation)
-        write_evaluation_page(folder, evaluation)
+        # A run that another one is compared with keeps the verdict of its own comparison.
+        earlier = _stored_verdict(folder, evaluation)
+        save_evaluation(folder, evaluation, more={"verdict": earlier} if earlier else None)
+        write_evaluation_page(folder, evaluation, verdict=earlier)
         return None
     is_run = run is not None and (run / "run.json").is_file()
     verdict = make_verdict(
@@ -113,6 +122,15 @@ def publish_evaluation(
     if run is not None and is_run:
         _store_verdict(run, record)
         rewrite_report(run)
+    return verdict
+
+
+def _stored_verdict(folder: Path, evaluation: Evaluation) -> Mapping[str, Any] | None:
+    """Return the verdict of an earlier evaluation of the same model, None without one."""
+    file = folder / EVALUATION_FILE
+    if not file.is_file() or load_evaluation(folder).identity != evaluation.identity:
+        return None
+    verdict: Mapping[str, Any] | None = json.loads(file.read_text(encoding="utf-8")).get("verdict")
     return verdict
 
 

@@ -8,6 +8,7 @@ from handmade import HOSTILE, evaluation, graded, share, texts, write_run
 
 from align.evaluation.pages import publish_evaluation, write_evaluation_page
 from align.evaluation.verdict import make_verdict
+from finetune.evaluation.results import Evaluation
 from finetune.training.report import rewrite_report
 
 BEFORE = evaluation(HOSTILE, graded("task", share(20), text=HOSTILE), texts("text", [1.0, 2.0, 3.0]))
@@ -48,3 +49,10 @@ def test_the_last_verdict_is_in_report_run_and_evaluation(tmp_path: Path) -> Non
     stored = [json.loads(file.read_text())["verdict"] for file in (run / "run.json", folder / "eval.json")]
     assert verdict is not None and stored[0] == stored[1] and stored[0]["sentence"] == verdict.sentence
     assert json.loads((run / "run.json").read_text())["digest"] == "1a2b3c4d"
+    # As the other model of a further comparison, without a new verdict: the run keeps its own.
+    assert publish_evaluation(folder, BEFORE, None, run=None) is None
+    assert json.loads((folder / "eval.json").read_text())["verdict"] == stored[0]
+    assert verdict.sentence.split(" (")[0] in (folder / "report.html").read_text(encoding="utf-8")
+    other_weights = Evaluation(BEFORE.model, {"run": "trained again"}, BEFORE.suites)
+    publish_evaluation(folder, other_weights, None, run=None)
+    assert "verdict" not in json.loads((folder / "eval.json").read_text())
