@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from align.api import (
         compare,
         data,
+        evaluate,
         generate,
         load_pipeline,
         load_recipe,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "compare",
     "data",
+    "evaluate",
     "generate",
     "load_pipeline",
     "load_recipe",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from align.evaluation.compare import Comparison
+    from align.evaluation.evaluate import EvaluationResult
     from align.generation.generate_file import GeneratedRows
     from align.pipeline.directory import PipelineResult
     from align.pipeline.plan import Pipeline
@@ -120,6 +121,41 @@ def load_reward(directory: "str | Path | Result") -> "RewardModel":
     from align.reward import scorer
 
     return scorer.load_reward_model(_find_finished_run(directory))
+
+
+@for_python
+def evaluate(
+    model: "str | Path | Result",
+    *,
+    suites: Sequence[str] = (),
+    against: "str | Path | Result | None" = None,
+    alone: bool = False,
+    limit: int | None = None,
+    cache: str | Path | None = None,
+) -> "EvaluationResult":
+    """Evaluate a run or a base on suites, as ``llm-align eval`` does.
+
+    Args:
+        model: the result of ``run``, a run's folder or name, or a base.
+        suites: names of suites, or paths of YAML files; (): the run's held-out rows.
+        against: run or base to compare with; None: what the run started from.
+        alone: compare with nothing.
+        limit: items of each suite at most.
+        cache: folder of the cached answers; None: in the user's cache.
+
+    Raises:
+        UserError: no such model or suite, or rows that do not fit.
+    """
+    from align.evaluation.evaluate import plan_evaluation, run_plan
+
+    plan = plan_evaluation(
+        _run_name(model),
+        suites=suites,
+        against=None if against is None else _run_name(against),
+        alone=alone,
+        limit=limit,
+    )
+    return run_plan(plan, cache=None if cache is None else Path(cache))
 
 
 def _find_finished_run(name: "str | Path | Result") -> Path:

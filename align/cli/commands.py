@@ -9,6 +9,7 @@ import click
 from align.cli.arguments import RecipeArguments, foreign_options, recipe_arguments, run_argument
 from align.cli.compare import compare
 from align.cli.completion import complete_file, complete_kind, complete_run, completion
+from align.cli.evaluate import evaluate
 from align.cli.exit_status import (
     CHECK_FAILED,
     INTERRUPTED,
@@ -82,7 +83,7 @@ def _fail_with_problems(error: UserError) -> NoReturn:
 @click.argument("kind", required=False, shell_complete=complete_kind)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
+    """List recipes, pipelines, adapters, templates, losses, bases, suites, stages and runs.
 
     With KIND, list only that kind. Metrics are listed only by `llm-align list metrics`.
     """
@@ -209,6 +210,7 @@ cli.add_command(run_command)
 cli.add_command(plan)
 cli.add_command(generate)
 cli.add_command(compare)
+cli.add_command(evaluate)
 cli.add_command(completion)
 for command in cli.commands.values():
     command.params.append(traceback_option())

@@ -25,6 +25,7 @@ from align.default_recipe import QUICKSTART
 from align.pipeline.file import find_pipeline, pipeline_names, read_pipeline
 from align.preference.losses.catalog import all_losses
 from finetune.distributed.hardware import GPUS
+from finetune.evaluation.suites import suite_names
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import load_bases
 from finetune.recipe.discovery import (
@@ -50,7 +51,18 @@ from finetune.recipe.terminal import echo
 Item = CompletionItem[str]
 Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
 SHELLS = ("bash", "zsh", "fish")
-KINDS = ("stages", "recipes", "pipelines", "adapters", "templates", "losses", "metrics", "bases", "runs")
+KINDS = (
+    "stages",
+    "recipes",
+    "pipelines",
+    "adapters",
+    "templates",
+    "losses",
+    "metrics",
+    "bases",
+    "suites",
+    "runs",
+)
 """The kinds that `llm-align list` lists."""
 LOSS_KEY = "dpo.loss"
 EPILOG = """\b
@@ -189,6 +201,14 @@ def complete_compared(context: click.Context, parameter: click.Parameter, incomp
     evaluations = [file.parent.name for file in sorted(RUNS_FOLDER.glob("*/eval.json"))]
     names = [f"{prefix}{name}" for name in (*runs, *evaluations) if name not in named]
     return _matching(_items(names), incomplete) or [CompletionItem(incomplete, type="dir")]
+
+
+def complete_suite(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
+    """Complete a suite, the last one of a list with commas, or a file."""
+    listed, comma, last = incomplete.rpartition(",")
+    matching = _matching(_items(suite_names()), last)
+    items = [CompletionItem(f"{listed}{comma}{item.value}", help=item.help) for item in matching]
+    return items or [CompletionItem(incomplete, type="file")]
 
 
 def complete_parent(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:

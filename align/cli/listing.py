@@ -8,6 +8,7 @@ from rich.table import Table
 
 from align.pipeline.file import pipeline_descriptions
 from align.preference.losses.catalog import all_losses
+from finetune.evaluation.suites import suite_descriptions
 from finetune.recipe.bases import load_bases
 from finetune.recipe.console import Terminal
 from finetune.recipe.discovery import ADAPTERS, TEMPLATES, plugin_names, plugin_summary, stage_names
@@ -52,6 +53,7 @@ LISTINGS: dict[str, Callable[[], dict[str, str]]] = {
     "losses": lambda: {loss.name: loss.summary for loss in all_losses().values()},
     "metrics": metric_lines,
     "bases": _bases,
+    "suites": suite_descriptions,
     "runs": lambda: {str(run.path): _run_line(run) for run in list_runs()},
 }
 """What lists each kind; a kind that is not asked for is not read."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.generation import Completion
     from finetune.training.generation_eval import Graders
+    from finetune.training.loaded_model import LoadedModel
     from finetune.training.metric_specs import MetricSpec, When
     from finetune.training.model import TextEncoding
     from finetune.training.samples import GenerateFn
@@ -51,24 +52,28 @@ def run(ctx: RunContext[Settings]) -> None:
     from finetune.training.held_out_file import reward_change
     from finetune.training.loading import load_text_encoding
     from finetune.training.stage import report_findings
+    from finetune.training.suite_evals import SuiteEvals
 
     settings = ctx.settings
     text = load_text_encoding(ctx)
     data = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     policies = load_round_policies(ctx, text, data.columns)
     evals = GenerationEvals.load(settings, text.encoder, data.prompts)
+    suites = SuiteEvals.load(settings.evaluate.suites)
     method = RejectionSampling(ctx, text, data, policies, evals.graded.graders)
     metadata, last_round = method.prepare(), settings.rejection.rounds
     for note in evals.notes:
         ctx.log(note)
-    with ctx.recorded(metadata, method.metric_spec.with_summary(evals.summary)):
+    with ctx.recorded(metadata, method.metric_spec.with_summary({**evals.summary, **suites.summary})):
         evals.run(ctx.run, method.generate_with(1), "before")
+        suites.record(ctx.run, lambda: method.loaded_model(1), "before")
         method.evaluate(0)
         for round_index in range(1, last_round + 1):
             method.run_round(round_index)
             method.evaluate(round_index)
         save_last_round(ctx)
         evals.run(ctx.run, method.generate_with(last_round + 1), "after")
+        suites.record(ctx.run, lambda: method.loaded_model(last_round + 1), "after")
         equal = equal_rewards_finding(ctx.run, policies.rewards.names)
         # With equal rewards nothing else has a cause of its own.
         findings = diagnose_rejection(reward_change(ctx.run)) if equal is None else [equal]
@@ -138,6 +143,13 @@ class RejectionSampling:
             return generate_sharded(self.ctx, self.text, policy, prompts)
 
         return generate
+
+    def loaded_model(self, round_index: int) -> LoadedModel:
+        """Return the policy at the start of a round, for suites."""
+        from finetune.training.loaded_model import LoadedModel
+
+        policy = self.policies.policy_for_round(round_index)
+        return LoadedModel(policy.model, self.text.encoder, self.text.context, policy.precision)
 
     def run_round(self, round_index: int) -> None:
         """Run a round: sample n completions per prompt, select the best, fine-tune on them.

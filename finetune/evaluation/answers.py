@@ -44,6 +44,23 @@ class TextAnswer:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: maximum tokens of a completion.
+        temperature: 0 is greedy decoding.
+        seed: of the samples.
+        streams: number of each prompt's random stream: its samples do not depend on the other prompts.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    streams: Sequence[int]
+
+
 class EvalModel(Protocol):
     """A model under evaluation: local weights, or an endpoint."""
 
@@ -55,10 +72,8 @@ class EvalModel(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Return what decides its answers: weights, template, precision."""
 
-    def complete(
-        self, prompts: Sequence[Turns], *, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[CompletionAnswer]:
-        """Return a completion of each prompt; prompt number i draws from random stream i of the seed."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling) -> list[CompletionAnswer]:
+        """Return a completion of each prompt."""
 
     def choose(self, questions: Sequence[tuple[Turns, Sequence[str]]], *, style: str) -> list[ChoiceAnswer]:
         """Return the log-probabilities of each question's choices, with (chat) or without (text) a template.

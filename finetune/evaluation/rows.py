@@ -53,7 +53,7 @@ def read_items(suite: NamedSuite) -> list[EvalItem]:
     if not items:
         actual = f"none of {num_rows:,} rows of {source} is an item of this suite"
         raise UserError(Problem(str(suite.path), actual, "at least one", "check data.where and data.layout"))
-    return _with_unique_ids(_sampled(items, settings.limit, settings.seed))
+    return _with_unique_ids(sample_items(items, settings.limit, seed=settings.seed))
 
 
 def suite_source(suite: NamedSuite) -> str:
@@ -107,7 +107,8 @@ def _filled(text: str, columns: Mapping[str, Any]) -> str:
         raise RowError("prompt", f"no column {error}", f"one of {', '.join(columns)}; {hint}") from error
 
 
-def _sampled(items: list[EvalItem], limit: int | None, seed: int) -> list[EvalItem]:
+def sample_items(items: Sequence[EvalItem], limit: int | None, *, seed: int) -> Sequence[EvalItem]:
+    """Return at most ``limit`` random items in their order, of as many clusters as possible."""
     if limit is None or len(items) <= limit:
         return items
     # More items of one cluster would say less: they are not independent.
@@ -133,7 +134,7 @@ def _default_reader(settings: Suite, names: list[str], *, where: str) -> RowRead
     """Return the reader of rows without a published layout."""
     if settings.task == "choice":
         return _read_choices
-    if settings.task == "perplexity":
+    if settings.task == "perplexity" and "text" in (*names, *(settings.data.columns or {})):
         return _read_text
     if settings.prompt is not None:
         return lambda row: [EvalItem("", reference=_optional_text(row.columns))]

@@ -129,6 +129,17 @@ def suite_names() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
 
 
+def suite_descriptions() -> dict[str, str]:
+    """Return each shipped suite's description, or its error if the file cannot be read."""
+    descriptions = {}
+    for name, path in suite_names().items():
+        try:
+            descriptions[name] = str(yaml_file.read_yaml(path)[0].get("description") or "")
+        except UserError as error:
+            descriptions[name] = f"cannot be read: {error.problems[0].actual}"
+    return descriptions
+
+
 def load_suite(name: str) -> NamedSuite:
     """Load a suite by its name, or from a file.
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from inspect import signature
-from itertools import product
 
 import numpy as np
 import torch
@@ -88,14 +87,10 @@ class LabelClassifier:
         return label_probabilities(logps_NL.numpy().astype(np.float64))
 
 
-@torch.no_grad()
 def label_logps(
     model: nn.Module, prompts: Sequence[TokenIds], labels: Sequence[TokenIds], *, tokens_per_batch: int
 ) -> Tensor:
-    """Return log P(label | prompt) of every label after every prompt.
-
-    A prompt's keys and values are computed once and repeated for its labels. A model that caches something
-    else (a recurrent state) gets a row per prompt and label instead.
+    """Return log P(label | prompt) of every label after every prompt; see ``choice_logps``.
 
     Args:
         model: a causal model in any wrapper; dropout is off.
@@ -106,32 +101,64 @@ def label_logps(
     Returns:
         (N, L) in float32, on the CPU.
     """
-    logps_NL = torch.empty(len(prompts), len(labels))
-    longest = max(map(len, labels))
-    # Budget for all labels at once: few passes over many labels are faster than the other way round.
+    rows = choice_logps(model, prompts, [labels] * len(prompts), tokens_per_batch=tokens_per_batch)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def choice_logps(
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    choices: Sequence[Sequence[TokenIds]],
+    *,
+    tokens_per_batch: int,
+) -> list[Tensor]:
+    """Return log P(choice | prompt) of each prompt's own choices.
+
+    A prompt's keys and values are computed once and repeated for its choices. A model that caches something
+    else (a recurrent state) gets a row per prompt and choice instead.
+
+    Args:
+        model: a causal model in any wrapper; dropout is off.
+        prompts: token ids, N of them; none is empty.
+        choices: token ids of the choices of each prompt, none of them empty.
+        tokens_per_batch: approximate maximum of cached tokens, those of a prompt once for each choice.
+
+    Returns:
+        N tensors of shape (number of the prompt's choices,) in float32, on the CPU.
+    """
+    # Budget for all choices at once: few passes over many choices are faster than the other way round.
     batches = length_batches(
-        [len(prompt) * len(labels) for prompt in prompts],
-        max_new_tokens=longest * len(labels),
+        [(len(prompt) + max(map(len, own))) * len(own) for prompt, own in zip(prompts, choices, strict=True)],
+        max_new_tokens=0,
         tokens_per_batch=tokens_per_batch,
     )
+    logps_of: dict[int, Tensor] = {}
     training = model.training
     model.eval()
     for rows in batches:
-        batch = [prompts[row] for row in rows]
-        logps_BL = _shared_prompt_logps(model, batch, labels, tokens_per_batch)
-        if logps_BL is None:
-            logps_BL = separate_logps(model, batch, labels, tokens_per_batch=tokens_per_batch)
-        logps_NL[rows] = logps_BL
+        own_prompts, own_choices = [prompts[row] for row in rows], [choices[row] for row in rows]
+        logps_C = _shared_prompt_logps(model, own_prompts, own_choices, tokens_per_batch)
+        if logps_C is None:
+            logps_C = separate_logps(model, own_prompts, own_choices, tokens_per_batch=tokens_per_batch)
+        parts = torch.split(logps_C, [len(own) for own in own_choices])
+        logps_of |= dict(zip(rows, parts, strict=True))
     model.train(training)
-    return logps_NL
+    return [logps_of[row] for row in range(len(prompts))]
 
 
 def _shared_prompt_logps(
-    model: nn.Module, prompts: Sequence[TokenIds], labels: Sequence[TokenIds], tokens_per_batch: int
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    choices: Sequence[Sequence[TokenIds]],
+    tokens_per_batch: int,
 ) -> Tensor | None:
-    """Return log P(label | prompt) from cached prompts, (B, L); None if the model cannot be continued so."""
+    """Return log P(choice | prompt) from cached prompts, (C,), prompt by prompt.
+
+    None if the model cannot be continued so.
+    """
     base = _unwrapped(model)
-    # The last token is not cached: it is the first input of each label, whose state predicts its first token.
+    # The last token is not cached: it is the first input of each choice, and predicts its first token.
     lengths = [len(prompt) - 1 for prompt in prompts]
     if min(lengths) == 0 or "position_ids" not in signature(base.forward).parameters:
         return None
@@ -140,58 +167,69 @@ def _shared_prompt_logps(
     with head_positions(base.get_output_embeddings(), torch.zeros_like(ids_BT, dtype=torch.bool)):
         # Models without a cache, such as GPT-1, return no such field.
         cache = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True).get("past_key_values")
-    longest = max(map(len, labels))
+    pairs = _pairs(choices)
+    longest = max(len(choice) for _, choice in pairs)
     if not _is_continuable(cache, longest, equal_lengths=len(set(lengths)) == 1):
         return None
     num_virtual = cache.get_seq_length() - ids_BT.shape[1]
     # All tokens attend to the virtual ones of a prompt adapter, which come first.
     mask_BT = torch.cat([mask_BT.new_ones(len(prompts), num_virtual), mask_BT], dim=1)
     starts_B = torch.tensor(lengths, device=device) + num_virtual
-    logits_per_label = len(prompts) * longest * _vocab_size(base)
-    cached_per_label = len(prompts) * (cache.get_seq_length() + longest)
-    chunk_size = max(1, min(MAX_LOGITS // logits_per_label, tokens_per_batch // cached_per_label))
+    cached_per_pair = cache.get_seq_length() + longest
+    chunk_size = max(1, min(MAX_LOGITS // (longest * _vocab_size(base)), tokens_per_batch // cached_per_pair))
     chunks = []
-    for start in range(0, len(labels), chunk_size):
-        chunk = labels[start : start + chunk_size]
-        rows = [[prompt[-1], *label[:-1]] for prompt, label in product(prompts, chunk)]
-        row_ids, row_mask = _right_padded(rows, device)
+    for start in range(0, len(pairs), chunk_size):
+        chunk = pairs[start : start + chunk_size]
+        row_ids, row_mask = _right_padded([[prompts[i][-1], *choice[:-1]] for i, choice in chunk], device)
         positions = torch.arange(row_ids.shape[1], device=device)
+        indices_C = torch.tensor([i for i, _ in chunk], device=device)
         # The base itself: the cache has what a prompt adapter adds, and other adapters are inside its layers.
         logits = base(
             input_ids=row_ids,
-            attention_mask=torch.cat([mask_BT.repeat_interleave(len(chunk), 0), row_mask], dim=1),
-            position_ids=starts_B.repeat_interleave(len(chunk))[:, None] + positions,
-            past_key_values=_repeated(cache, len(chunk)),
+            attention_mask=torch.cat([mask_BT[indices_C], row_mask], dim=1),
+            position_ids=starts_B[indices_C][:, None] + positions,
+            past_key_values=_selected(cache, indices_C),
             use_cache=True,
         ).logits
-        targets, _ = _right_padded([label for _, label in product(prompts, chunk)], device)
-        logps = _gather_logps(logits, targets) * row_mask
-        chunks.append(logps.sum(-1).view(len(prompts), len(chunk)).cpu())
-    return torch.cat(chunks, dim=1)
+        targets, _ = _right_padded([choice for _, choice in chunk], device)
+        chunks.append((_gather_logps(logits, targets) * row_mask).sum(-1).cpu())
+    return torch.cat(chunks)
 
 
 def separate_logps(
-    model: nn.Module, prompts: Sequence[TokenIds], labels: Sequence[TokenIds], *, tokens_per_batch: int
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    choices: Sequence[Sequence[TokenIds]],
+    *,
+    tokens_per_batch: int,
 ) -> Tensor:
-    """Return log P(label | prompt), (N, L), from a row for each prompt and label; for any causal model."""
+    """Return log P(choice | prompt), (C,) prompt by prompt, from a row for each prompt and choice.
+
+    For any causal model.
+    """
     base = _unwrapped(model)
     head, device = base.get_output_embeddings(), next(model.parameters()).device
-    pairs = list(product(prompts, labels))
-    longest_row = max(len(prompt) + len(label) for prompt, label in pairs)
-    logits_per_row = max(map(len, labels)) * _vocab_size(base)
+    pairs = [(prompts[index], choice) for index, choice in _pairs(choices)]
+    longest_row = max(len(prompt) + len(choice) for prompt, choice in pairs)
+    logits_per_row = max(len(choice) for _, choice in pairs) * _vocab_size(base)
     chunk_size = max(1, min(tokens_per_batch // longest_row, MAX_LOGITS // logits_per_row))
     logps: list[Tensor] = []
     for start in range(0, len(pairs), chunk_size):
         chunk = pairs[start : start + chunk_size]
-        ids_BT, mask_BT = _right_padded([[*prompt, *label[:-1]] for prompt, label in chunk], device)
+        ids_BT, mask_BT = _right_padded([[*prompt, *choice[:-1]] for prompt, choice in chunk], device)
         predicting_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
-        for row, (prompt, label) in enumerate(chunk):
-            predicting_BT[row, len(prompt) - 1 : len(prompt) + len(label) - 1] = True
+        for row, (prompt, choice) in enumerate(chunk):
+            predicting_BT[row, len(prompt) - 1 : len(prompt) + len(choice) - 1] = True
         logits_NV = logits_at(model, head, {"input_ids": ids_BT, "attention_mask": mask_BT}, predicting_BT)
-        targets_N = torch.tensor([token for _, label in chunk for token in label], device=device)
-        sizes = [len(label) for _, label in chunk]
+        targets_N = torch.tensor([token for _, choice in chunk for token in choice], device=device)
+        sizes = [len(choice) for _, choice in chunk]
         logps += [part.sum() for part in torch.split(_gather_logps(logits_NV, targets_N), sizes)]
-    return torch.stack(logps).view(len(prompts), len(labels)).cpu()
+    return torch.stack(logps).cpu()
+
+
+def _pairs(choices: Sequence[Sequence[TokenIds]]) -> list[tuple[int, TokenIds]]:
+    """Return (index of the prompt, choice) of every choice, prompt by prompt."""
+    return [(index, choice) for index, own in enumerate(choices) for choice in own]
 
 
 def _is_continuable(cache: object, longest: int, *, equal_lengths: bool) -> bool:
@@ -205,13 +243,13 @@ def _is_continuable(cache: object, longest: int, *, equal_lengths: bool) -> bool
     return equal_lengths or not windows or cache.get_seq_length() + longest <= min(windows)
 
 
-def _repeated(cache: DynamicCache, repeats: int) -> DynamicCache:
-    """Return a copy with each row repeated; the cache is left as it is, and appending changes the copy."""
-    repeated = copy(cache)
-    # `batch_repeat_interleave` replaces the tensors of a layer and changes none.
-    repeated.layers = [copy(layer) for layer in cache.layers]
-    repeated.batch_repeat_interleave(repeats)
-    return repeated
+def _selected(cache: DynamicCache, indices: Tensor) -> DynamicCache:
+    """Return a copy with the rows at these indices; the cache is left as it is, and the copy may grow."""
+    selected = copy(cache)
+    # `batch_select_indices` replaces the tensors of a layer and changes none.
+    selected.layers = [copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(indices)
+    return selected
 
 
 def _right_padded(rows: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:

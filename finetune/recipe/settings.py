@@ -344,6 +344,7 @@ class EvaluateSettings(Section):
         "bool, number, None (skip)",
     )
     grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
+    suites: list[NonEmptyStr] = Field([], description="suites (names, YAML files), evaluated like graders")
     retention: RowSource | None = Field(
         None,
         description="retention set: instructions with exact answers, a skill that training must not degrade",

@@ -135,16 +135,8 @@ class GenerationEval:
         metrics: dict[str, float] = {}
         cases: dict[str, int] = {}
         if self.graders.functions:
-            completions = generate([row.messages[:-1] for row in self.prompts])
-            rows = [
-                self.graders.row(prompt.messages[:-1], completion.text, prompt.location, _reference(prompt))
-                for prompt, completion in zip(self.prompts, completions, strict=True)
-            ]
-            grades = self.graders.grade(rows)
-            metrics |= {
-                f"{EVAL_PREFIX}graders/{name}_{when}": mean_grade(name, values)
-                for name, values in grades.items()
-            }
+            rows, completions, grades = self._grade_completions(generate)
+            metrics |= {f"{name}_{when}": value for name, value in _mean_grades(grades).items()}
             cases |= {
                 f"{EVAL_PREFIX}graders/{name}": sum(grade is not None for grade in values)
                 for name, values in grades.items()
@@ -169,6 +161,29 @@ class GenerationEval:
             cases[f"{EVAL_PREFIX}retention"] = len(correct)
             write_graded(run, "retention", when, entries)
         run.update(metrics=metrics, cases=cases)
+
+    def grade(self, generate: GenerateFn) -> dict[str, float]:
+        """Return each grader's mean over new completions, by metric; {} without graders.
+
+        Raises:
+            UserError: a grader raised, returned no number, or skipped every prompt.
+        """
+        return _mean_grades(self._grade_completions(generate)[2]) if self.graders.functions else {}
+
+    def _grade_completions(
+        self, generate: GenerateFn
+    ) -> tuple[list[CompletionRow], list[Completion], dict[str, Grades]]:
+        completions = generate([row.messages[:-1] for row in self.prompts])
+        rows = [
+            self.graders.row(prompt.messages[:-1], completion.text, prompt.location, _reference(prompt))
+            for prompt, completion in zip(self.prompts, completions, strict=True)
+        ]
+        return rows, completions, self.graders.grade(rows)
+
+    @property
+    def curves(self) -> dict[str, str]:
+        """Return the graders' metrics of metrics.jsonl with the titles of their curves."""
+        return {f"{EVAL_PREFIX}graders/{name}": f"grader: {name}" for name in self.graders.functions}
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
@@ -235,6 +250,10 @@ def _select_samples(evaluate: EvaluateSettings, rows: Sequence[Conversation], en
     selected = [render_reply(rows[index].messages, encoder) for index in indices]
     locations = [rows[index].location for index in indices]
     return Samples(selected, evaluate.samples, scored=evaluate.exact_match > 0, locations=locations)
+
+
+def _mean_grades(grades: Mapping[str, Grades]) -> dict[str, float]:
+    return {f"{EVAL_PREFIX}graders/{name}": mean_grade(name, values) for name, values in grades.items()}
 
 
 def mean_grade(name: str, grades: Grades) -> float:

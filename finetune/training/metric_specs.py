@@ -52,6 +52,10 @@ class MetricSpec:
         """Return this spec with more metrics in the summary."""
         return replace(self, summary={**self.summary, **summary})
 
+    def with_curves(self, curves: Mapping[str, str]) -> "MetricSpec":
+        """Return this spec with more metrics in metrics.jsonl."""
+        return replace(self, curves={**self.curves, **curves})
+
     @property
     def logged_keys(self) -> dict[str, str]:
         """Return every metric of metrics.jsonl with its curve's title."""

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import Trainer, TrainingArguments
 
-    from data_templates.segments import Message
     from finetune.data.conversation import Conversation
     from finetune.data.report import DataReport
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
-    from finetune.training.generation import Completion
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.model import Policy, TextEncoding
 
@@ -231,21 +229,18 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.distributed import collectives
     from finetune.distributed.strategies import SHARDED_WEIGHTS
     from finetune.training.fit import check_disk, fit, fit_limits, record_training_metrics
-    from finetune.training.generation import generate_sharded
     from finetune.training.inference_files import untrained_chat_template
     from finetune.training.library_errors import adapter_errors
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
+    from finetune.training.run_evals import RunEvals
     from finetune.training.save import save_policy
     from finetune.training.schedule import check_schedule
-
-    def generate(prompts: "Sequence[Sequence[Message]]") -> "list[Completion]":
-        return generate_sharded(ctx, method.text, method.policy, prompts)
 
     fit_limits(ctx, len(method.data.train), lambda: count_steps(ctx, method))
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
-    evals = _load_evals(ctx, method)
+    evals = RunEvals.load(ctx, method, _generation_evals(ctx, method))
     with adapter_errors(unwrap_model(method.policy.model), ctx.settings.adapter, first_pass=True):
         sections = method.prepare()
     num_steps = count_steps(ctx, method)
@@ -254,27 +249,27 @@ def train(ctx: "RunContext", method: Method) -> None:
     args = method.training_arguments(num_steps)
     check_disk(ctx, method.policy.model, args, num_steps)
     ctx.check(*check_schedule(ctx.settings.train, num_steps, ctx.schedule_part))
-    for note in [*untrained_chat_template(ctx, method.text.encoder), *(evals.notes if evals else [])]:
+    for note in [*untrained_chat_template(ctx, method.text.encoder), *evals.notes]:
         ctx.log(note)
     sections = _metadata(ctx, method, sections) | {"steps": num_steps}
-    with ctx.recorded(sections, spec.with_summary(evals.summary if evals else {})):
-        if evals:
-            evals.run(ctx.run, generate, "before")
+    spec = spec.with_curves(evals.curves)
+    with ctx.recorded(sections, spec.with_summary(evals.summary)):
+        evals.record("before")
         trainer = method.build_trainer(args, num_steps)
+        evals.add_to(trainer)
         record_held_out(ctx, method, trainer, "before")
         check_learned = fit(ctx, trainer, method.policy.model, method.text.encoder, spec)
         save_policy(ctx, method.text, method.policy, method.data.probe_rows)
         record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
-        if evals:
-            evals.run(ctx.run, generate, "after")
+        evals.record("after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
         report_findings(ctx, spec, method.diagnose() if isinstance(method, Diagnoses) else [])
         # Last: a run that did not learn keeps its files, samples and findings.
         ctx.check(check_learned(), error=CheckFailedError)
 
 
-def _load_evals(ctx: "RunContext", method: Method) -> "GenerationEvals | None":
+def _generation_evals(ctx: "RunContext", method: Method) -> "GenerationEvals | None":
     """Return the evals by generation; None for a model that does not generate."""
     from finetune.training.generation_eval import GenerationEvals
 

@@ -20,7 +20,9 @@ from test_house import ROOT
 
 import align
 from align.cli import cli
+from align.evaluation.held_out import PREFIX
 from align.pipeline.plan import resolve_pipeline
+from finetune.evaluation.suites import suite_names
 from finetune.recipe.discovery import local_path, stage_names, stage_of_verb, verb_of
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
@@ -78,6 +80,10 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "new_tickets.csv").write_text("text\nWhere is it?\n", encoding="utf-8")
     (folder / "labels.txt").write_text("\n".join(labels), encoding="utf-8")
     (folder / "qa.csv").write_text("Q,A\n" + "1 + 1?,2\n" * NUM_ROWS, encoding="utf-8")
+    suite = (
+        "description: mine\ntask: completion\ndata: {source: my.jsonl}\ngrader: exact\nmax_new_tokens: 2\n"
+    )
+    (folder / "mine.yaml").write_text(suite, encoding="utf-8")
     (folder / "corpus").mkdir()
     for name in ("a.txt", "b.md"):
         (folder / "corpus" / name).write_text("A text. " * 40, encoding="utf-8")
@@ -170,6 +176,8 @@ def run_llm_align(words: list[str]) -> None:
         invoke([*words, *prompt, "--max-new-tokens", "2"])
     elif verb == "generate":
         invoke([*words, "--limit", "3", "--max-new-tokens", "2"])
+    elif verb == "eval":
+        invoke(_evaluation_here(words))
     elif verb == "plan":
         try:
             invoke(words)
@@ -177,6 +185,19 @@ def run_llm_align(words: list[str]) -> None:
             assert end.code in FIT_STATUS
     else:
         invoke(words)
+
+
+def _evaluation_here(words: list[str]) -> list[str]:
+    """Return the words of `llm-align eval` with two items, and the reader's suite for published ones."""
+    words = list(words)
+    if "--suite" in words:
+        where = words.index("--suite") + 1
+        for name in words[where].split(","):
+            assert name == PREFIX or name in suite_names() or Path(name).is_file(), f"no suite {name}"
+        words[where] = "mine.yaml"
+    else:
+        words += ["--suite", "mine.yaml"]
+    return [*words, "--limit", "2", "--cache", "answers"]
 
 
 def invoke(words: list[str]) -> None:

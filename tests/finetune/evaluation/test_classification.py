@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from finetune.evaluation.calibration import calibration_error
 from finetune.evaluation.classification import (
     classification_metrics,
     label_probabilities,
     most_confused,
 )
 from finetune.evaluation.classification_tables import classification_summary, classification_tables
-from finetune.evaluation.calibration import calibration_error
 
 
 def chosen(choices: str, labels: str, confidence: float = 0.9) -> np.ndarray:

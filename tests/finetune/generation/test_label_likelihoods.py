@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, PretrainedConfig
 
 from finetune.generation import label_likelihoods
-from finetune.generation.label_likelihoods import label_logps, separate_logps
+from finetune.generation.label_likelihoods import choice_logps, label_logps, separate_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EOS = 95
@@ -64,9 +64,8 @@ def test_every_adapter(method: str, separate_calls: list[int]) -> None:
     tolerance = 1e-5 if default_quantization(method) == "none" else 2e-2
     actual = label_logps(model, PROMPTS, LABELS, tokens_per_batch=4096)
     assert torch.allclose(actual, expected, atol=tolerance, rtol=tolerance)
-    assert torch.allclose(
-        separate_logps(model, PROMPTS, LABELS, tokens_per_batch=64), expected, atol=tolerance, rtol=tolerance
-    )
+    separate = separate_logps(model, PROMPTS, [LABELS] * len(PROMPTS), tokens_per_batch=64)
+    assert torch.allclose(separate.view_as(expected), expected, atol=tolerance, rtol=tolerance)
     assert separate_calls == [], "every adapter shares the prompt"
 
 
@@ -125,3 +124,13 @@ def test_many_labels_and_the_model_s_mode() -> None:
     actual = label_logps(model, PROMPTS, labels, tokens_per_batch=500)
     assert model.training and actual.shape == (4, 100)
     assert torch.allclose(actual, naive_logps(model.eval(), PROMPTS, labels), atol=2e-5, rtol=2e-5)
+
+
+def test_each_prompt_has_choices_of_its_own() -> None:
+    model = disturbed(build("lora", base_of("llama")))
+    choices = [LABELS[: 1 + index % len(LABELS)] for index in range(len(PROMPTS))]
+    expected = naive_logps(model, PROMPTS, LABELS)
+    for budget in (4096, 60, 1):
+        actual = choice_logps(model, PROMPTS, choices, tokens_per_batch=budget)
+        for index, logps in enumerate(actual):
+            assert torch.allclose(logps, expected[index, : len(choices[index])], atol=1e-5, rtol=1e-5)
