@@ -86,17 +86,17 @@ class AnswerCache:
         return len(keys) - len(self._load(list(keys)))
 
     def _load(self, keys: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        known: dict[str, Any] = {}
         try:
             with closing(self._connect()) as connection:
                 for start in range(0, len(keys), MAX_VARIABLES):
                     part = keys[start : start + MAX_VARIABLES]
                     marks = ",".join("?" * len(part))
                     query = f"SELECT key, answer FROM answers WHERE key IN ({marks})"
-                    found |= {key: json.loads(answer) for key, answer in connection.execute(query, part)}
+                    known |= {key: json.loads(answer) for key, answer in connection.execute(query, part)}
         except sqlite3.Error as error:
             raise self._error(error) from error
-        return found
+        return known
 
     def _store(self, answers: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(answer, ensure_ascii=False)) for key, answer in answers.items()]

@@ -82,13 +82,13 @@ class LocalModel:
         """
         tokenizer = self.loaded.encoder.tokenizer
         windows: list[tuple[TokenIds, TokenIds]] = []
-        owners: list[int] = []
+        text_indices: list[int] = []
         start = _with_start(tokenizer, "")
         ids_of = [[*start, *tokenizer.encode(text, add_special_tokens=False)] for text in texts]
         for index, ids in enumerate(ids_of):
             for window in _windows(ids, min(self.loaded.context, MAX_WINDOW)):
                 windows.append(window)
-                owners.append(index)
+                text_indices.append(index)
         logps = choice_logps(
             self.loaded.model,
             [prompt for prompt, _ in windows],
@@ -97,7 +97,7 @@ class LocalModel:
         )
         sums = torch.zeros(len(texts), dtype=torch.float64)
         sums.index_add_(
-            0, torch.tensor(owners, dtype=torch.long), torch.cat([torch.zeros(0), *logps]).double()
+            0, torch.tensor(text_indices, dtype=torch.long), torch.cat([torch.zeros(0), *logps]).double()
         )
         return [
             TextAnswer(float(logp), len(ids) - 1, len(text.encode()))

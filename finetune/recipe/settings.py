@@ -328,9 +328,7 @@ class EvaluateSettings(Section):
 
     ROW_SOURCES: ClassVar[tuple[str, ...]] = ("retention",)
 
-    samples: NonNegativeInt = Field(
-        4, description="number of prompts in samples.jsonl, with the replies before and after training"
-    )
+    samples: NonNegativeInt = Field(4, description="prompts in samples.jsonl, with replies before and after")
     exact_match: NonNegativeInt = Field(
         0, description="number of held-out rows for exact match of greedy replies; 0: off"
     )

@@ -22,7 +22,7 @@ import align
 from align.cli import cli
 from align.evaluation.held_out import PREFIX
 from align.pipeline.plan import resolve_pipeline
-from finetune.evaluation.suites import suite_names
+from finetune.evaluation.suites import Suite, suite_names
 from finetune.recipe.discovery import local_path, stage_names, stage_of_verb, verb_of
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
@@ -243,6 +243,8 @@ def test_yaml_is_a_recipe_or_a_part_of_one(page: str, code: str, there: Path, tm
     content, _ = read_yaml(file)
     if "stages" in content:
         assert resolve_pipeline(str(file)).entries
+    elif "task" in content:
+        assert Suite(**content).task == content["task"]
     elif "stage" in content:
         assert read_recipe(content["stage"], str(file)).stage == content["stage"]
     else:
