@@ -89,7 +89,7 @@ class FakeEndpoint:
         self.finish_reason, self.interval = "stop", 0.0
         self.received: list[Received] = []
         self.most_in_flight = 0
-        self._faults: deque[Fault] = deque()
+        self._faults: deque[Fault | None] = deque()
         self._in_flight, self._next_answer = 0, 0.0
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -113,8 +113,8 @@ class FakeEndpoint:
         """Return the bodies of the requests so far."""
         return [request.body for request in self.received]
 
-    def fail(self, fault: Fault, times: int = 1) -> None:
-        """Let the next requests fail."""
+    def fail(self, fault: Fault | None, times: int = 1) -> None:
+        """Let the next requests fail; None lets them succeed."""
         self._faults.extend([fault] * times)
 
     def answer(self, request: Received) -> tuple[int, dict[str, str], bytes, int]:

@@ -1,1 +1,1 @@
-"""Verdict on two evaluations, and comparison of finished runs."""
+"""Evaluation of runs and bases: suites, judges, the verdict, and comparisons of runs."""

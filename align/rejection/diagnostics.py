@@ -15,6 +15,7 @@ from align.rl.rewards.rewards import RewardScores
 from align.rl.rollout_log import replace_rollouts, rollout_entries
 from data_templates.segments import Message
 from finetune.evaluation.small_samples import MeanChange
+from finetune.recipe.user_arguments import prompt_text
 from finetune.training.findings import Finding
 from finetune.training.generation_eval import Graders, mean_grade
 from finetune.training.held_out_file import graded_entry
@@ -22,7 +23,6 @@ from finetune.training.metric_specs import Diagnostics, MetricSpec
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import METRICS, SELECTED, RunDirectory
-from finetune.training.samples import prompt_text
 
 MAX_EQUAL_REWARD_FRACTION = 0.5
 """Fraction of prompts with equal rewards from which the selection is mostly arbitrary."""

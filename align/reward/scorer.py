@@ -28,8 +28,8 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings
 from finetune.recipe.terminal import command_line
+from finetune.recipe.user_arguments import completion_row
 from finetune.training.auto_values import TOKENS_PER_FORWARD
-from finetune.training.samples import completion_row
 
 PromptInput = str | Sequence[Message]
 TokenIdList = list[int]

@@ -17,9 +17,9 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.generation.sampler import SampledCompletion
+from finetune.recipe.user_arguments import completion_row
 from finetune.training.held_out_file import graded_entry
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.samples import completion_row
 
 
 @dataclass(frozen=True)

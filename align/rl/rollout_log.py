@@ -6,9 +6,9 @@ from typing import Any
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import RewardScores
 from data_templates.segments import Message
+from finetune.recipe.user_arguments import prompt_text
 from finetune.training.findings import Finding
 from finetune.training.run_directory import ROLLOUTS, RunDirectory
-from finetune.training.samples import prompt_text
 
 MAX_BYTES = 32 * 2**20
 """Size of the file above which its older half is dropped."""

@@ -1,7 +1,6 @@
 """Answers of endpoints, cached on disk by the content of their requests: a repeated request costs nothing.
 
-One SQLite file. Each answer is committed when it arrives, so a killed process loses none; several processes
-may use the file at the same time.
+One SQLite file. Answers are committed as they arrive; several processes may use the file at the same time.
 """
 
 import hashlib
@@ -75,12 +74,16 @@ class EndpointCache:
             raise self._error(error) from error
         return answers
 
-    def store(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Store an answer; that of another process, which came first, is kept."""
+    def store(self, answers: Mapping[str, Any]) -> None:
+        """Store answers by their keys; those of another process, which came first, are kept.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        rows = [(key, json.dumps(answer)) for key, answer in answers.items()]
         try:
             with closing(self._connect()) as connection, connection:
-                row = (key, json.dumps(answer))
-                connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", row)
+                connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
         except sqlite3.Error as error:
             raise self._error(error) from error
 

@@ -8,7 +8,7 @@ import random
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -156,7 +156,12 @@ class EndpointClient:
             timeout=timeout,
             limits=limits,
         ) as http:
-            await asyncio.gather(*(self._work(http, batch) for _ in range(num_workers)))
+            writer = asyncio.create_task(self._store_answers(batch))
+            try:
+                await asyncio.gather(*(self._work(http, batch) for _ in range(num_workers)))
+            finally:  # also after Ctrl-C
+                batch.answered.put_nowait(None)
+                await writer
         if batch.error is not None:
             raise _with_progress(batch.error, len(batch.answers), batch.total)
 
@@ -168,12 +173,30 @@ class EndpointClient:
                 await self._wait_for_limit(batch)
                 answer = await self._answer(http, request, batch)
                 if answer is not None:
-                    self._cache.store(key, to_json(answer))
-                    batch.add(key, answer)
+                    batch.answered.put_nowait((key, answer))
                     self._check_usage(answer)
             except UserError as error:
                 # The first error is reported; the requests in flight are answered and stored.
                 batch.fail(error)
+
+    async def _store_answers(self, batch: "_Batch") -> None:
+        """Store answers until None comes; those that arrive during a write are written together."""
+        is_open = True
+        while is_open:
+            arrived = [await batch.answered.get()]
+            while not batch.answered.empty():
+                arrived.append(batch.answered.get_nowait())
+            is_open = None not in arrived
+            answers = dict(item for item in arrived if item is not None)
+            try:
+                # In a thread: a write takes 1 to 50 ms, in which responses are read.
+                await asyncio.to_thread(
+                    self._cache.store, {key: to_json(answer) for key, answer in answers.items()}
+                )
+            except UserError as error:
+                batch.fail(error)
+                return
+            batch.add(answers)
 
     async def _answer(
         self, http: httpx2.AsyncClient, request: EndpointRequest, batch: "_Batch"
@@ -279,7 +302,7 @@ class EndpointClient:
 
 
 class _Batch:
-    """The requests of one call: answers so far, requests without one, and the first error."""
+    """The requests of one call: stored answers, requests without one, answers to store, the first error."""
 
     def __init__(
         self,
@@ -290,6 +313,7 @@ class _Batch:
         self.answers, self.missing, self.progress = answers, missing, progress
         self.total = len(answers) + len(missing)
         self.error: UserError | None = None
+        self.answered: asyncio.Queue[tuple[str, EndpointAnswer] | None] = asyncio.Queue()
         self._failed = asyncio.Event()
 
     def fail(self, error: UserError) -> None:
@@ -302,8 +326,8 @@ class _Batch:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._failed.wait(), seconds)
 
-    def add(self, key: str, answer: EndpointAnswer) -> None:
-        self.answers[key] = answer
+    def add(self, answers: Mapping[str, EndpointAnswer]) -> None:
+        self.answers.update(answers)
         if self.progress is not None:
             self.progress(len(self.answers), self.total)
 

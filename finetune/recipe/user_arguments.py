@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from data_templates.segments import Message
+from data_templates.segments import REPLY_ROLES, Message
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.python_function import PythonFunction
 from finetune.recipe.user_function import UserFunction, load_user_function
@@ -66,6 +66,37 @@ class CompletionRow:
         # A column that is named so is meant to be it; the reply of the row may be a longer solution.
         value = self.columns.get(name)
         return self.reference if value is None and name == EXPECTED else value
+
+
+def prompt_text(conversation: Sequence[Message]) -> str:
+    """Return the text before a conversation's last reply, for display."""
+    end = last_reply_index(conversation)
+    prompt = "\n".join(filter(None, (turn.full_text for turn in conversation[:end])))
+    return f"{prompt}\n{conversation[end - 1].context}".strip()
+
+
+def completion_row(
+    conversation: Sequence[Message],
+    location: str,
+    *,
+    reference: str | None = None,
+    columns: ColumnsByLocation | None = None,
+) -> CompletionRow:
+    """Return the last reply of a conversation as the input of user functions.
+
+    Args:
+        conversation: turns that end with the reply.
+        location: location of the row.
+        reference: the row's own reply.
+        columns: columns of the rows, by location.
+    """
+    turns, completion = list(conversation[:-1]), conversation[-1].full_text
+    return CompletionRow(prompt_text(conversation), completion, reference, location, columns or {}, turns)
+
+
+def last_reply_index(conversation: Sequence[Message]) -> int:
+    """Return the index of a conversation's last reply."""
+    return max(index for index, turn in enumerate(conversation) if turn.role in REPLY_ROLES)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from finetune.recipe.user_arguments import (
     CompletionRow,
     RowFunction,
     column_problems,
+    completion_row,
     default_notes,
     load_graders,
     missing_value_problems,
@@ -28,7 +29,7 @@ from finetune.training.held_out_file import graded_entry, write_graded
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import GenerateFn, Samples, completion_row, evenly_spaced
+from finetune.training.samples import GenerateFn, Samples, evenly_spaced
 
 Grades = list[float | None]
 """The grades of some completions; None where the grader does not apply."""

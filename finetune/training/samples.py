@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_templates.segments import REPLY_ROLES, Message
-from finetune.recipe.user_arguments import ColumnsByLocation, CompletionRow
+from data_templates.segments import Message
+from finetune.recipe.user_arguments import completion_row, last_reply_index, prompt_text
 from finetune.training.generation import Completion
 from finetune.training.held_out_file import graded_entry, write_graded
 from finetune.training.metric_specs import When
@@ -53,12 +53,12 @@ class Samples:
         self._write(run, entries)
 
     def _prompts(self) -> list[list[Message]]:
-        return [conversation[: _last_reply_index(conversation)] for conversation in self.conversations]
+        return [conversation[: last_reply_index(conversation)] for conversation in self.conversations]
 
     def _entry(self, index: int) -> dict[str, Any]:
         """Return prompt and expected reply, and the ``turns`` unless they are a single user turn."""
         conversation = self.conversations[index]
-        end = _last_reply_index(conversation)
+        end = last_reply_index(conversation)
         entry = {"prompt": prompt_text(conversation), "expected": conversation[end].content}
         turns = [list(turn.key) for turn in conversation[:end]]
         return entry if turns == [["user", entry["prompt"], ""]] else entry | {"turns": turns}
@@ -71,7 +71,7 @@ class Samples:
         }
         if self.scored:
             expected = [
-                conversation[_last_reply_index(conversation)].content for conversation in self.conversations
+                conversation[last_reply_index(conversation)].content for conversation in self.conversations
             ]
             correct = [
                 # Decoded replies are stripped.
@@ -88,7 +88,7 @@ class Samples:
         rows = zip(self.conversations, self.locations, completions, correct, strict=True)
         entries = []
         for turns, location, completion, is_correct in rows:
-            end = _last_reply_index(turns)
+            end = last_reply_index(turns)
             reply = [*turns[:end], Message("assistant", completion.text)]
             row = completion_row(reply, location, reference=turns[end].content)
             entries.append(graded_entry(row, ended_with_eos=completion.ended_with_eos, correct=is_correct))
@@ -106,36 +106,6 @@ def sample_turns(sample: Mapping[str, Any]) -> list[Message]:
         Message(role, content, context, reasoning="".join(extra[:1]), tool_calls="".join(extra[1:]))
         for role, content, context, *extra in sample["turns"]
     ]
-
-
-def prompt_text(conversation: Sequence[Message]) -> str:
-    """Return the text before a conversation's last reply, for display."""
-    end = _last_reply_index(conversation)
-    prompt = "\n".join(filter(None, (turn.full_text for turn in conversation[:end])))
-    return f"{prompt}\n{conversation[end - 1].context}".strip()
-
-
-def completion_row(
-    conversation: Sequence[Message],
-    location: str,
-    *,
-    reference: str | None = None,
-    columns: ColumnsByLocation | None = None,
-) -> CompletionRow:
-    """Return the last reply of a conversation as the input of user functions.
-
-    Args:
-        conversation: turns that end with the reply.
-        location: location of the row.
-        reference: the row's own reply.
-        columns: columns of the rows, by location.
-    """
-    turns, completion = list(conversation[:-1]), conversation[-1].full_text
-    return CompletionRow(prompt_text(conversation), completion, reference, location, columns or {}, turns)
-
-
-def _last_reply_index(conversation: Sequence[Message]) -> int:
-    return max(index for index, turn in enumerate(conversation) if turn.role in REPLY_ROLES)
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

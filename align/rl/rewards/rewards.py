@@ -16,10 +16,15 @@ from align.rl.rewards.settings import HELPFULNESS, LENGTH_PENALTY, SAFETY, Rewar
 from data_templates.segments import Message
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import UserError
-from finetune.recipe.user_arguments import ColumnsByLocation, CompletionRow, missing_value_problems
+from finetune.recipe.user_arguments import (
+    ColumnsByLocation,
+    CompletionRow,
+    completion_row,
+    missing_value_problems,
+)
 from finetune.recipe.user_function import call_for_number
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.samples import completion_row, evenly_spaced
+from finetune.training.samples import evenly_spaced
 
 Scores = np.ndarray
 """One number per completion: (C,) float64."""
