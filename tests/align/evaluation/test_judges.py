@@ -292,18 +292,19 @@ def test_settings_name_exactly_one_judge(tmp_path: Path, functions: Path) -> Non
         load_judge(JudgeSettings(run="none"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_reward_run_judges(tmp_path: Path) -> None:
     from align import load_recipe, load_reward, run
 
-    overrides = {"train.max_steps": 10, "train.batch_size": 8, "evaluate.samples": 0, "data.cache": False}
-    result = run(load_recipe("reward/quickstart", overrides=overrides), out=tmp_path / "run", quiet=True)
+    settings = {"train.max_steps": 10, "train.batch_size": 8, "evaluate.samples": 0, "data.cache": False}
+    trained = run(load_recipe("reward/quickstart", out=tmp_path / "run", settings=settings)).directory
     held_out = (ROOT / "recipes/tiny/data/story_preferences_held_out.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in held_out[:20]]
     pairs = [pair(row["rejected"], row["chosen"], row["prompt"]) for row in rows]
-    judged_by = load_judge(parse_judge(f"run={result.path}"))
+    judged_by = load_judge(parse_judge(f"run={trained}"))
     judgments = judged_by.compare(pairs)
-    totals = load_reward(result.path).score(
+    totals = load_reward(trained).score(
         [row["prompt"] for row in rows for _ in range(2)],
         [row[name] for row in rows for name in ("rejected", "chosen")],
     )["total"]
@@ -311,7 +312,7 @@ def test_a_reward_run_judges(tmp_path: Path) -> None:
     better: list[Verdict] = ["B" if totals[i + 1] > totals[i] else "A" for i in range(0, len(totals), 2)]
     assert [judgment.verdict for judgment in judgments] == better
     assert better.count("B") >= 15, "the run has learned to prefer happy endings"
-    assert str(result.path) in judged_by.label and judged_by.identity["reward_run"]
+    assert str(trained) in judged_by.label and judged_by.identity["reward_run"]
 
 
 @pytest.mark.skipif(not SHARED_PAIRS.is_file(), reason="the published pairs are not there")
