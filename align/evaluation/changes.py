@@ -86,6 +86,8 @@ class SuiteChange:
 
     def amount(self, value: float) -> str:
         """Return the size of a difference with its unit."""
+        if not isfinite(value):
+            return "an unknown amount"
         return f"{100 * abs(value):.1f} points" if self.after.percent else f"{abs(value):.3f} {self.metric}"
 
     def turned(self) -> "SuiteChange":
