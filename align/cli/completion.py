@@ -25,7 +25,6 @@ from align.default_recipe import QUICKSTART
 from align.pipeline.file import find_pipeline, pipeline_names, read_pipeline
 from align.preference.losses.catalog import all_losses
 from finetune.distributed.hardware import GPUS
-from finetune.evaluation.suites import suite_names
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import load_bases
 from finetune.recipe.discovery import (
@@ -205,6 +204,9 @@ def complete_compared(context: click.Context, parameter: click.Parameter, incomp
 
 def complete_suite(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Complete a suite, the last one of a list with commas, or a file."""
+    # numpy, which the other commands do not need.
+    from finetune.evaluation.suites import suite_names
+
     listed, comma, last = incomplete.rpartition(",")
     matching = _matching(_items(suite_names()), last)
     items = [CompletionItem(f"{listed}{comma}{item.value}", help=item.help) for item in matching]
