@@ -131,6 +131,7 @@ def evaluate(
     against: "str | Path | Result | None" = None,
     alone: bool = False,
     limit: int | None = None,
+    judge: str | None = None,
     cache: str | Path | None = None,
 ) -> "EvaluationResult":
     """Evaluate a run or a base on suites, as ``llm-align eval`` does.
@@ -141,6 +142,7 @@ def evaluate(
         against: run or base to compare with; None: what the run started from.
         alone: compare with nothing.
         limit: items of each suite at most.
+        judge: of suites of task preference: ``run=NAME``, ``function=FILE.py:NAME``, ``endpoint=FILE.yaml``.
         cache: folder of the cached answers; None: in the user's cache.
 
     Raises:
@@ -154,6 +156,7 @@ def evaluate(
         against=None if against is None else _run_name(against),
         alone=alone,
         limit=limit,
+        judge=judge,
     )
     return run_plan(plan, cache=None if cache is None else Path(cache))
 

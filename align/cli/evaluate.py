@@ -46,6 +46,11 @@ Examples:
     shell_complete=complete_model,
     help="Run or base to compare with; default: what the run started from.",
 )
+@click.option(
+    "--judge",
+    metavar="JUDGE",
+    help="Judge of preference suites: run=REWARD_RUN, function=FILE.py:NAME, or endpoint=FILE.yaml.",
+)
 @click.option("--alone", is_flag=True, help="Compare with nothing.")
 @click.option(
     "--require",
@@ -87,6 +92,7 @@ def evaluate(model: str, suites: tuple[str, ...], as_json: bool, cache: Path | N
         alone=options["alone"],
         limit=options["limit"],
         template=options["template"],
+        judge=options["judge"],
     )
     for note in plan.notes:
         echo(f"!! {note}", err=True)

@@ -1,8 +1,8 @@
 """``llm-align eval``: a model's results on suites, next to those of another model, and the verdict."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,15 @@ from align.evaluation.held_out import (
     prompt_key,
     read_run_rows,
 )
+from align.evaluation.load_judge import JudgeSettings, parse_judge, read_judge
 from align.evaluation.pages import publish_evaluation
+from align.evaluation.preference import judge_suite
 from align.evaluation.verdict import Verdict
 from align.generation.model_source import ModelSource
 from finetune.distributed.hardware import detect_hardware
 from finetune.evaluation.answer_cache import AnswerCache
-from finetune.evaluation.results import Evaluation
+from finetune.evaluation.answers import CompletionAnswer
+from finetune.evaluation.results import Evaluation, SuiteResult
 from finetune.evaluation.rows import read_items, sample_items
 from finetune.evaluation.suites import load_suite, suite_names
 from finetune.recipe.bases import RUNS_FOLDER
@@ -35,6 +38,8 @@ EVALUATION_FOLDER = "evaluation"
 UNSAFE = re.compile(r"[^\w.-]+")
 TINY, TINY_PREFIX = "tiny", "tiny-"
 Progress = Callable[[str, int, int], None]
+Completions = dict[str, Sequence[CompletionAnswer]]
+"""Completions to the items of each suite that a judge scores."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,14 @@ class EvaluationPlan:
         against: the model that it is compared with, None without one.
         suites: with their items.
         notes: lines on what was found in the rows, such as contamination.
+        judges: of the suites of task ``preference``, by name.
     """
 
     model: ModelSource
     against: ModelSource | None
     suites: Sequence[SuiteItems]
     notes: Sequence[str]
+    judges: Mapping[str, JudgeSettings] = field(default_factory=dict)
 
 
 def plan_evaluation(
@@ -86,6 +93,7 @@ def plan_evaluation(
     alone: bool = False,
     limit: int | None = None,
     template: str | None = None,
+    judge: str | None = None,
 ) -> EvaluationPlan:
     """Read models' records, suites and rows; raises UserError with all their problems.
 
@@ -96,6 +104,7 @@ def plan_evaluation(
         alone: compare with nothing.
         limit: items of each suite at most, in place of the suite's own limit.
         template: template of bases without a chat template of their own.
+        judge: of suites of task ``preference``, in place of their own: ``run=NAME``, for example.
     """
     source = ModelSource.of(model, template=template if not _is_run(model) else None)
     other = None
@@ -124,12 +133,16 @@ def plan_evaluation(
                 replace(entry, items=sample_items(entry.items, limit, seed=0)) for entry in own
             ] + chosen
         notes = _contamination(chosen, rows.trained_prompts)
+    judges: dict[str, JudgeSettings] = {}
+    for entry in chosen:
+        if entry.suite.settings.task == "preference":
+            problems += caught(_add_judge, judges, entry, judge)
     if problems:
         raise UserError(problems)
     if not chosen:
         expected = "--suite NAME; `llm-align list suites` lists them"
         raise UserError(Problem("--suite", f"no suite for {source.label}", expected))
-    return EvaluationPlan(source, other, chosen, notes)
+    return EvaluationPlan(source, other, chosen, notes, judges)
 
 
 def run_plan(
@@ -146,11 +159,12 @@ def run_plan(
         UserError: a model cannot be loaded, or an item fits neither template nor task.
     """
     # One after the other: the second model needs the memory of the first.
-    evaluation = _evaluate(plan.model, plan.suites, cache, progress)
-    against = None
+    evaluation, completions = _evaluate(plan.model, plan.suites, cache, progress)
+    against, others = None, {}
     if plan.against is not None:
-        against = _evaluate(plan.against, plan.suites, cache, progress)
+        against, others = _evaluate(plan.against, plan.suites, cache, progress)
         publish_evaluation(evaluation_folder(plan.against), against, None, run=None)
+    evaluation, against = _with_judged_suites(plan, (evaluation, against), (completions, others))
     folder = evaluation_folder(plan.model)
     verdict = publish_evaluation(folder, evaluation, against, run=plan.model.run)
     return EvaluationResult(evaluation, against, folder, plan.notes, verdict)
@@ -158,15 +172,53 @@ def run_plan(
 
 def _evaluate(
     source: ModelSource, suites: Sequence[SuiteItems], cache: Path | None, progress: Progress
-) -> Evaluation:
-    from finetune.evaluation.run_suite import run_suite
+) -> tuple[Evaluation, Completions]:
+    """Return a model's results, and its completions to the suites that a judge will score."""
+    from finetune.evaluation.run_suite import answer_items, run_suite
 
     model, answers = open_model(source, cache)
-    results = {
-        entry.suite.name: run_suite(entry.suite, entry.items, model, answers, progress=progress)
-        for entry in suites
-    }
-    return Evaluation(source.label, model.identity, results)
+    results: dict[str, SuiteResult] = {}
+    completions: Completions = {}
+    for entry in suites:
+        name, suite, items = entry.suite.name, entry.suite, entry.items
+        if suite.settings.task == "preference":
+            completions[name] = answer_items(suite, items, model, answers, progress)
+        else:
+            results[name] = run_suite(suite, items, model, answers, progress=progress)
+    return Evaluation(source.label, model.identity, results), completions
+
+
+def _with_judged_suites(
+    plan: EvaluationPlan,
+    evaluations: tuple[Evaluation, Evaluation | None],
+    completions: tuple[Completions, Completions],
+) -> tuple[Evaluation, Evaluation | None]:
+    """Return both evaluations with the results of the suites that a judge scores."""
+    from align.evaluation.load_judge import load_judge
+
+    first, second = (dict(other.suites) if other is not None else {} for other in evaluations)
+    for entry in plan.suites:
+        name = entry.suite.name
+        if name in plan.judges:
+            judge = load_judge(plan.judges[name])
+            judged = judge_suite(entry, judge, completions[0][name], completions[1].get(name))
+            first[name] = judged.result
+            if judged.against is not None:
+                second[name] = judged.against
+    evaluation, against = evaluations
+    return replace(evaluation, suites=first), None if against is None else replace(against, suites=second)
+
+
+def _add_judge(judges: dict[str, JudgeSettings], entry: SuiteItems, option: str | None) -> None:
+    """Add the judge of a suite; raises UserError if there is none."""
+    if option is not None:
+        judges[entry.suite.name] = parse_judge(option)
+    elif entry.suite.settings.judge is not None:
+        where = f"{entry.suite.path.name}.judge"
+        judges[entry.suite.name] = read_judge(entry.suite.settings.judge, where=where)
+    else:
+        expected = "a judge: a reward run, an endpoint's model, or your function"
+        raise UserError(Problem(f"{entry.suite.path.name}: judge", "none", expected, "--judge run=REWARD_RUN"))
 
 
 def open_model(source: ModelSource, cache: Path | None) -> "tuple[LocalModel, AnswerCache]":

@@ -50,7 +50,7 @@ def run_suite(
     start = time.monotonic()
     settings = suite.settings
     _check_items(suite, items)
-    answers = _ask(suite, items, model, cache, progress)
+    answers = answer_items(suite, items, model, cache, progress)
     values = _item_values(suite, items, answers)
     results = [
         ItemResult(item.id, item.cluster or item.id, item.group, item_values, _evidence(item, answer))
@@ -90,13 +90,14 @@ def _check_items(suite: NamedSuite, items: Sequence[EvalItem]) -> None:
         raise UserError(Problem(f"{suite.path}", actual, expected, "check data.layout and data.columns"))
 
 
-def _ask(
+def answer_items(
     suite: NamedSuite,
     items: Sequence[EvalItem],
     model: EvalModel,
     cache: AnswerCache | None,
     progress: Progress,
-) -> list[Answer]:
+) -> list[Any]:
+    """Return the answer to each item, of the type of the suite's task; see ``run_suite``."""
     settings = suite.settings
     questions = [_question(settings, item, number) for number, item in enumerate(items)]
     done = 0 if cache is None else len(items) - cache.count_missing(questions)
