@@ -160,7 +160,7 @@ def run_plan(
     """
     # One after the other: the second model needs the memory of the first.
     evaluation, completions = _evaluate(plan.model, plan.suites, cache, progress)
-    against, others = None, {}
+    against, others = None, Completions()
     if plan.against is not None:
         against, others = _evaluate(plan.against, plan.suites, cache, progress)
         publish_evaluation(evaluation_folder(plan.against), against, None, run=None)
@@ -218,7 +218,9 @@ def _add_judge(judges: dict[str, JudgeSettings], entry: SuiteItems, option: str 
         judges[entry.suite.name] = read_judge(entry.suite.settings.judge, where=where)
     else:
         expected = "a judge: a reward run, an endpoint's model, or your function"
-        raise UserError(Problem(f"{entry.suite.path.name}: judge", "none", expected, "--judge run=REWARD_RUN"))
+        raise UserError(
+            Problem(f"{entry.suite.path.name}: judge", "none", expected, "--judge run=REWARD_RUN")
+        )
 
 
 def open_model(source: ModelSource, cache: Path | None) -> "tuple[LocalModel, AnswerCache]":

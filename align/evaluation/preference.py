@@ -1,10 +1,10 @@
-"""Suites of task ``preference``: a judge compares a model's completions with another model's, or the rows'."""
+"""Suites of task ``preference``: a judge compares completions with those of another model, or with replies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from align.evaluation.held_out import SuiteItems
-from align.evaluation.judges import Judgment, JudgeReport, Pair, PairJudge, Verdict
+from align.evaluation.judges import JudgeReport, Judgment, Pair, PairJudge, Verdict
 from finetune.evaluation.answer_cache import digest
 from finetune.evaluation.answers import CompletionAnswer
 from finetune.evaluation.intervals import suite_estimates
