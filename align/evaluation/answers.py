@@ -77,9 +77,9 @@ def common_results(results: Sequence[SuiteResult | None]) -> list[SuiteResult | 
     """
     present = [result for result in results if result is not None]
     if present[0].fingerprint:
-        counts = Counter(result.fingerprint for result in present)
-        most = counts.most_common(1)[0][0]
-        return [result if result is not None and result.fingerprint == most else None for result in results]
+        keys = [None if result is None else _comparable_key(result) for result in results]
+        most = Counter(key for key in keys if key is not None).most_common(1)[0][0]
+        return [result if key == most else None for result, key in zip(results, keys, strict=True)]
     names = [None if result is None else {item.id for item in result.items} for result in results]
     while sum(own is not None for own in names) > 1:
         shown = [own for own in names if own is not None]
@@ -93,6 +93,12 @@ def common_results(results: Sequence[SuiteResult | None]) -> list[SuiteResult | 
         ]
         names[overlaps.index(min(overlaps))] = None
     return [None] * len(results)
+
+
+def _comparable_key(result: SuiteResult) -> tuple[str, ...]:
+    """Return what results must share: items and settings, and the completions that a judge compared with."""
+    opponents = (str(item.evidence.get("compared_with", "")) for item in result.items)
+    return (result.fingerprint, *opponents)
 
 
 def _reduced(result: SuiteResult, names: set[str]) -> SuiteResult:

@@ -301,7 +301,8 @@ def _signed(value: float, *, percent: bool) -> str:
     if not isfinite(value):
         return "unknown"
     text = f"{100 * value:+z.1f}" if percent else f"{value:+z.3f}"
-    return text.replace("-", MINUS)
+    # An end at 0 has no sign.
+    return text.replace("-", MINUS) if float(text) else text.removeprefix("+")
 
 
 def estimate_record(estimate: Estimate | None) -> dict[str, Any] | None:

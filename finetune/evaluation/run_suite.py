@@ -210,7 +210,7 @@ def _grades(
 
 
 def _evidence(item: EvalItem, answer: Answer) -> dict[str, Any]:
-    prompt = "\n".join(turn.full_text for turn in item.prompt)
+    prompt = "\n".join(f"{turn.full_text}\n{turn.context}".strip() for turn in item.prompt)
     evidence: dict[str, Any] = {"prompt": prompt[:PROMPT_CHARACTERS]}
     if isinstance(answer, ChoiceAnswer) and item.choices:
         logps = [round(logp, 4) for logp in answer.logps]

@@ -1,6 +1,7 @@
 """``compare``: runs and evaluations side by side, the winner, what limits the comparison, bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def test_runs_of_two_stages_are_compared_by_their_evaluations_only() -> None:
         save_evaluation(Path(f"runs/{stage}-a/evaluation"), result)
     comparison = compare("sft-a", "dpo-a")
     assert comparison.winner == "B" and comparison.curves == {} and comparison.held_out == {}
+
+
+def test_win_rates_against_other_completions_are_not_compared() -> None:
+    models = []
+    for letter, opponent in (("A", "base"), ("B", "base"), ("C", "A")):
+        suite = graded("judge", share(60), task="preference")
+        items = [replace(item, evidence={**item.evidence, "compared_with": opponent}) for item in suite.items]
+        folder = Path(letter)
+        models.append(ComparedModel(letter, letter, folder, suites={"judge": replace(suite, items=items)}))
+    comparison = compare_models(models)
+    assert [estimate is None for estimate in comparison.quality[0].estimates] == [False, False, True]
 
 
 @pytest.mark.parametrize(
