@@ -170,6 +170,10 @@ def _read_error(
     if 300 <= status < 400:
         actual = f"status {status}: a redirect to {response.headers.get('location', 'nowhere')}"
         raise UserError(Problem(where, actual, "the URL of the API itself", "correct `url`"))
+    if settings.model in shown or "model" in code:
+        raise UserError(
+            Problem(where, f"status {status}: {shown}", "a model of this endpoint", "correct `model`")
+        )
     repair = "change the request; `extra: {FIELD: null}` leaves out a field that the server refuses"
     raise UserError(Problem(where, f"status {status}: {shown}", "a request that the server accepts", repair))
 

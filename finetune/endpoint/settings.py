@@ -43,7 +43,7 @@ class EndpointSettings(Section):
         DEFAULT_KEY_VARIABLE, description="NAME of the environment variable with the API key"
     )
     concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests in flight")
-    # As in the openai package; its 600 s hide a server that hangs.
+    # The openai package waits for 600 s, which hides a server that hangs.
     timeout: PositiveFloat = Field(300.0, description="seconds to wait for an answer")
     retries: NonNegativeInt = Field(
         6, description="further attempts after a failure that may pass: 429, 5xx, connection, timeout"
