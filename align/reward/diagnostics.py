@@ -42,7 +42,13 @@ def reward_metric_spec(settings: Settings) -> MetricSpec:
     summary |= {
         f"{EVAL_PREFIX}rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads
     }
-    return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics, generates=False)
+    return MetricSpec(
+        curves=REWARD_CURVES,
+        summary=summary,
+        diagnostics=reward_diagnostics,
+        generates=False,
+        first_last=("loss", "rewards/accuracies"),
+    )
 
 
 def diagnose_reward(metrics: Mapping[str, float], num_held_out: int) -> list[Finding]:
@@ -61,7 +67,9 @@ def diagnose_reward(metrics: Mapping[str, float], num_held_out: int) -> list[Fin
     )
     if low > CHANCE:
         return [Finding("accuracy", evidence, "better than chance")]
-    if high < CHANCE:
+    training = metrics.get("rewards/accuracies_after", CHANCE)
+    if high < CHANCE and training > USEFUL_ACCURACY:
+        evidence = f"{training:.1%} in training, {evidence}"
         action = "are `chosen` and `rejected` exchanged in some rows?"
         return [Finding("accuracy", evidence, "worse than chance", action)]
     if high < USEFUL_ACCURACY:

@@ -1,6 +1,6 @@
 """The finding on the held-out reward of a finished RL run."""
 
-from finetune.evaluation.small_samples import FEW_CASES, MeanChange
+from finetune.evaluation.small_samples import MeanChange
 from finetune.training.findings import Finding
 
 
@@ -17,6 +17,6 @@ def reward_finding(reward: MeanChange, *, raise_gain: str) -> Finding:
         return Finding("reward", evidence, "the policy earns a lower reward than before", action)
     if reward.is_conclusive:
         return Finding("reward", evidence, "the policy earns a higher reward")
-    if reward.count < FEW_CASES:
+    if not reward.is_precise:
         return Finding("reward", evidence, "too few held-out prompts to tell")
     return Finding("reward", evidence, "no change that chance does not explain", raise_gain)

@@ -11,6 +11,9 @@ FEW_CASES = 20
 """Held-out cases below which a mean without a known spread says nothing: its standard error is a quarter of a
 standard deviation."""
 
+MEDIUM_EFFECT = 0.5
+"""A change of half a standard deviation: Cohen 1988, "Statistical power analysis", section 2.2."""
+
 
 def wilson_interval(proportion: float, count: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion over ``count`` independent cases.
@@ -82,6 +85,11 @@ class MeanChange:
     def is_conclusive(self) -> bool:
         """Return whether the mean has changed by more than chance explains, on enough cases."""
         return self.count >= FEW_CASES and abs(self.gain) > self.half_width
+
+    @property
+    def is_precise(self) -> bool:
+        """Return whether there are enough cases to show a change of MEDIUM_EFFECT."""
+        return self.count >= FEW_CASES and self.half_width <= MEDIUM_EFFECT * self.std
 
     def describe(self) -> str:
         """Return the change with its interval, and in standard deviations, for one line.

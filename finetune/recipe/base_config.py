@@ -82,7 +82,9 @@ class StoredQuantization:
             expected = f"{self.quantization} or auto: {actual}"
             raise UserError(Problem("model.quantization", f"found {requested}", expected, repair))
         if self.quantization not in supported:
-            expected = f"a base in {', '.join(supported)}: the adapter's quantizations"
+            names = " or ".join(name for name in supported if name != "none")
+            expected = f"an unquantized base, or one in {names}" if names else "an unquantized base"
+            actual += ", which this adapter does not train on"
             repair = "the unquantized base of the same model, or adapter.method=qlora"
             raise UserError(Problem("model.base", actual, expected, repair))
 

@@ -18,6 +18,11 @@ FOREIGN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",
     # Prompt tuning: PEFT numbers the positions itself.
     "Position ids are not supported for parameter efficient",
+    # PEFT corrects it itself.
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
+    # Adapters of `embed_tokens` or `lm_head`: the weights are saved, `llm-align merge` unties them.
+    "Setting `save_embedding_layers` to `True`",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
 )
 """Starts of the texts of warnings that concern no run."""
 NOISY_LIBRARIES = (

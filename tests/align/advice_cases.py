@@ -239,17 +239,18 @@ DPO = (
         ),
     ),
 )
-MANY_PAIRS = {"rows": {"number": 260}, "data.held_out": 200}
+# With seed 2 the untrained head prefers rejected replies.
+MANY_PAIRS = {"rows": {"number": 260}, "data.held_out": 200, "train.seed": 2}
 REWARD = (
     Fault(
         "reward",
-        MANY_PAIRS | {"train.learning_rate": 1e-7},
+        MANY_PAIRS | {"train.learning_rate": 1e-4, "train.max_steps": 3},
         "accuracy",
         "eval/rewards/accuracies_after",
         1,
         (
             Advice("raise train.learning_rate", {"train.learning_rate": 1e-2}),
-            Advice("train longer", {"train.max_steps": 300, "train.learning_rate": 1e-7}),
+            Advice("train longer", {"train.max_steps": 100}),
         ),
     ),
     Fault(

@@ -169,7 +169,7 @@ REJECTION += (
     ),
     Fault(
         "rejection",
-        {"adapter": FULL, "train.learning_rate": 1.0},
+        {"adapter": FULL, "train.learning_rate": 1.0, "rows": {"number": 148}, "data.held_out": 100},
         "reward",
         "eval/objective/reward_after",
         1,

@@ -1,6 +1,7 @@
 """Small samples are said to be small: intervals, changes that are too few to tell, windows at both ends."""
 
 import doctest
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ FEW, NO_CHANGE = "too few held-out prompts to tell", "no change that chance does
         (0.1, 64, NO_CHANGE, "act"),
         (-0.1, 64, NO_CHANGE, "act"),
         (0.1, 1000, GAINED, ""),
+        (-0.3, 24, NO_CHANGE, "act"),
         (2.0, 6, FEW, ""),
         (-2.0, 1, FEW, ""),
     ],
@@ -127,6 +129,13 @@ def test_the_finding_on_the_reward_does_not_depend_on_its_scale(
     finding = reward_finding(change, raise_gain="act")
     assert (finding.meaning, finding.action) == (meaning, action)
     assert f"on {count} prompt" in finding.evidence
+
+
+def test_a_wide_interval_is_no_reason_to_raise_the_rate() -> None:
+    """Differences of standard deviation 4 on 24 prompts: half of the interval is 1.6 deviations before."""
+    change = change_of(0.0, 24)
+    wide = replace(change, half_width=4 * change.half_width, after=change.before - 1.0)
+    assert reward_finding(wide, raise_gain="act").meaning == FEW
 
 
 def test_equal_rewards_before_are_no_division_by_zero() -> None:
@@ -141,11 +150,14 @@ def test_equal_rewards_before_are_no_division_by_zero() -> None:
         (0.6, 24, "too few held-out comparisons to tell it from chance", ""),
         (0.5, 24, "too few held-out comparisons to tell it from chance", ""),
         (0.51, 400, "no better than chance", "raise train.learning_rate, train longer"),
-        (0.3, 100, "worse than chance", "exchanged"),
+        (0.3, 100, "no better than chance", "raise train.learning_rate, train longer"),
     ],
 )
 def test_a_reward_model_against_chance(accuracy: float, count: int, meaning: str, action: str) -> None:
     [finding] = diagnose_reward({"eval/rewards/accuracies_after": accuracy}, count)
+    learned = {"eval/rewards/accuracies_after": accuracy, "rewards/accuracies_after": 0.9}
+    is_exchanged = "exchanged" in diagnose_reward(learned, count)[0].action
+    assert is_exchanged == (accuracy < 0.4)
     assert finding.meaning == meaning and action in finding.action and bool(action) == bool(finding.action)
     assert diagnose_reward({}, count) == [] == diagnose_reward({"eval/rewards/accuracies_after": 1.0}, 0)
 

@@ -81,3 +81,15 @@ def test_skipped_modules_are_those_of_transformers() -> None:
     skipped = {name for name in modules if stored.skips(name)}
     assert skipped == {name for name in modules if not should_convert_module(name, list(patterns))}
     assert len(skipped) == 5
+
+
+@pytest.mark.parametrize(
+    ("supported", "expected"),
+    [(("none",), "an unquantized base"), (("none", "int8"), "an unquantized base, or one in int8")],
+)
+def test_an_adapter_that_cannot_train_on_a_stored_base(supported: tuple[str, ...], expected: str) -> None:
+    stored = stored_quantization({"quantization_config": NF4})
+    assert stored is not None
+    with pytest.raises(UserError, match="which this adapter does not train on") as error:
+        stored.check("auto", supported)
+    assert error.value.problems[0].expected == expected
