@@ -270,9 +270,12 @@ def _update_health(metrics: RunMetrics, ppo: PPOSettings) -> Finding | None:
         return None
     evidence = f"clip fraction {clip_frac:.1%}, explained variance {explained_variance:.0%}"
     if clip_frac > LARGE_CLIP_FRAC:
-        return Finding(
-            "updates", evidence, "updates are too large", "lower train.learning_rate or ppo.ppo_epochs"
-        )
+        # Not a lower learning rate: a policy that no longer collapses may be clipped more. With one epoch of
+        # one minibatch the ratio is 1.
+        action = "lower ppo.ppo_epochs"
+        if ppo.ppo_epochs == 1:
+            action = "raise train.batch_size: at ppo.rollout_size there is one update"
+        return Finding("updates", evidence, "updates are too large", action)
     if explained_variance < MIN_EXPLAINED_VARIANCE:
         meaning = "the value model predicts worse than a constant"
         action = "lower train.learning_rate, or a larger ppo.value_coef with ppo.value_clip_range=null"

@@ -31,6 +31,8 @@ NOT_FOLLOWED = {
     "data.max_length",
     # The toy does not reach these faults reliably: growth of completions that still end.
     *("rewards.length_penalty", "stop.max_length_ratio"),
+    # With one epoch of one minibatch no ratio is clipped, by its definition.
+    *("train.batch_size", "ppo.rollout_size"),
     # Only where each group of completions has equal rewards, which TRL's KL term hides.
     "sampling.num_generations",
 }

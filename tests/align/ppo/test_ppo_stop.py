@@ -176,7 +176,7 @@ def test_healthy_run_has_no_action() -> None:
         (before_and_after(ends=(0.05, 0.0)), "length", "raise sampling.max_new_tokens"),
         (before_and_after(entropy=(1.0, 2.5)), "diversity", "lower train.learning_rate"),
         (before_and_after(distinct=(1.0, 0.2)), "diversity", "entropy_coef"),
-        ({"policy/clip_frac_after": 0.6}, "updates", "learning_rate"),
+        ({"policy/clip_frac_after": 0.6}, "updates", "lower ppo.ppo_epochs"),
         ({"value/explained_variance_after": -0.4}, "updates", "value_coef"),
     ],
 )
@@ -214,11 +214,13 @@ def test_the_meaning_follows_the_sign_of_the_change(
 
 def test_the_advice_depends_on_the_settings() -> None:
     changed = before_and_after(ends=(1.0, 0.5), entropy=(1.0, 2.5))
-    settings = PPOSettings(missing_eos_reward=None, entropy_coef=0.01)
+    changed |= {"policy/clip_frac_after": 0.6}
+    settings = PPOSettings(missing_eos_reward=None, entropy_coef=0.01, ppo_epochs=1)
     findings = diagnose_ppo(HEALTHY | changed, COMPLETION_PAIRS, settings, num_held_out=64, reward=None)
     actions = {finding.name: finding.action for finding in findings}
     assert actions["length"].startswith("set ppo.missing_eos_reward below every reward")
     assert actions["diversity"] == "lower ppo.entropy_coef"
+    assert actions["updates"].startswith("raise train.batch_size")
 
 
 @pytest.mark.parametrize(
