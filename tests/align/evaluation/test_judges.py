@@ -316,7 +316,7 @@ def test_a_reward_run_judges(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED_PAIRS.is_file(), reason="the published pairs are not there")
-def test_the_length_agrees_with_people_by_chance(tmp_path: Path) -> None:
+def test_people_agree_more_with_one_another_than_with_the_length() -> None:
     verdicts: dict[int, Verdict] = {0: "tie", 1: "A", 2: "B"}
     rows = json.loads(SHARED_PAIRS.read_text("utf-8"))
     pairs = [
@@ -331,4 +331,11 @@ def test_the_length_agrees_with_people_by_chance(tmp_path: Path) -> None:
     of_length = human_agreement(length.compare(pairs), labels[0])
     people = human_agreement([Judgment(label) for label in labels[1]], labels[0])
     assert of_length.count == people.count == 790
-    assert people.kappa > 0.8 and of_length.kappa < 0.4
+    longer_wins = [
+        (len(row["response1"]) > len(row["response2"])) - (len(row["response1"]) < len(row["response2"]))
+        == {0: 0, 1: 1, 2: -1}[row["annotator1"]]
+        for row in rows
+        if isinstance(row["response1"], str) and isinstance(row["response2"], str)
+    ]
+    assert of_length.agreement == pytest.approx(sum(longer_wins) / len(longer_wins), abs=1e-3)
+    assert people.kappa > 0.8 and 0 < of_length.kappa < 0.4
