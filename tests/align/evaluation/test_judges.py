@@ -322,7 +322,7 @@ def test_people_agree_more_with_one_another_than_with_the_length() -> None:
     pairs = [
         Pair(
             [Message("user", row["instruction"], context=row["input"])],
-            *(str(row[name]) for name in ("response1", "response2")),  # one is `true`
+            *(str(row[name]) for name in ("response1", "response2")),  # a few are numbers or `true`
         )
         for row in rows
     ]
@@ -331,11 +331,11 @@ def test_people_agree_more_with_one_another_than_with_the_length() -> None:
     of_length = human_agreement(length.compare(pairs), labels[0])
     people = human_agreement([Judgment(label) for label in labels[1]], labels[0])
     assert of_length.count == people.count == 790
-    longer_wins = [
-        (len(row["response1"]) > len(row["response2"])) - (len(row["response1"]) < len(row["response2"]))
-        == {0: 0, 1: 1, 2: -1}[row["annotator1"]]
-        for row in rows
-        if isinstance(row["response1"], str) and isinstance(row["response2"], str)
-    ]
-    assert of_length.agreement == pytest.approx(sum(longer_wins) / len(longer_wins), abs=1e-3)
+    lengths = [[len(str(row[name])) for name in ("response1", "response2")] for row in rows]
+    signs = [{0: 0, 1: 1, 2: -1}[row["annotator1"]] for row in rows]
+    equal = sum(
+        (first > second) - (first < second) == sign
+        for (first, second), sign in zip(lengths, signs, strict=True)
+    )
+    assert of_length.agreement == equal / 790
     assert people.kappa > 0.8 and 0 < of_length.kappa < 0.4
