@@ -26,7 +26,9 @@ def write_plot(result: dict[str, Any], path: Path) -> None:
     for axes in (power, saved, rates):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Verdicts on {result['prompts']} prompts, 400 comparisons each ({result['device']})")
+    figure.suptitle(
+        f"Verdicts on {result['prompts']} prompts, at least 400 comparisons each ({result['device']})"
+    )
     figure.savefig(path, dpi=120)
     click.echo(f"written to {path}")
 
@@ -62,8 +64,8 @@ def _plot_error_rates(axes: Axes, result: dict[str, Any]) -> None:
         "models, sequential": equal["sequential"]["either"],
         "models, five suites": result["equal_models"]["five suites"],
         "models, two replies a prompt": result["equal_models"]["two replies a prompt"],
-        "recipes, accuracy of 5 runs each": recipes["accuracy"]["equal"]["either"],
-        "recipes, loss of 5 runs each": recipes["loss"]["equal"]["either"],
+        "recipes, accuracy of 5 runs each": recipes["accuracy"]["equal, more draws"]["either"],
+        "recipes, loss of 5 runs each": recipes["loss"]["equal, more draws"]["either"],
         "recipes, one run each": recipes["prompts_as_units"],
     }
     for position, rate in enumerate(bars.values()):
