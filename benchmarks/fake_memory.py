@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -31,6 +32,8 @@ from align.preference.logps import token_logps
 from align.preference.reference_policy import ReferencePolicy
 from align.reward.model import replace_score_head, token_scores
 from align.reward.shared_base import scorer_sharing_base
+from finetune.adapters import _lora_input
+from finetune.adapters._lora_input import optimize_lora_inputs
 from finetune.planner.architecture import Architecture
 from finetune.planner.from_recipe import planned_adapter
 from finetune.planner.workload import ObjectiveKind, Precision, Workload
@@ -207,7 +210,7 @@ def measure_step(case: MemoryCase) -> MeasuredMemory:
     model = _build_model(case)
     ledger = StorageLedger(case.predicted)
     # Library code creates real constant tensors, which FakeTensorMode rejects by default.
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, fake_masks():
         materialize(model)
         reference = ReferencePolicy(model.policy) if isinstance(model, ActorCritic) else None
         # Garbage in reference cycles would count as live.
@@ -232,7 +235,6 @@ def measure_step(case: MemoryCase) -> MeasuredMemory:
 def _build_model(case: MemoryCase) -> nn.Module:
     """Return base and adapter on the meta device."""
     config = AutoConfig.for_model(**case.config)
-    plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
     # Fully trained weights stay in float32; autocast computes with 16-bit copies.
     dtype = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
     model_class = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
@@ -247,10 +249,31 @@ def _build_model(case: MemoryCase) -> nn.Module:
         # Adapters expect a frozen base, as finetune/training loads it.
         base.requires_grad_(False)
         if case.objective != "ppo":
-            model: nn.Module = plugin.build(base, case.settings)
-            return model
-        value = plugin.build(scorer_sharing_base(base, ["value"], pad_id=0), case.settings)
-        return ActorCritic(plugin.build(base, case.settings), value, head_index=0, temperature=1.0)
+            return _with_adapter(base, case)
+        value = _with_adapter(scorer_sharing_base(base, ["value"], pad_id=0), case)
+        return ActorCritic(_with_adapter(base, case), value, head_index=0, temperature=1.0)
+
+
+def _with_adapter(base: PreTrainedModel, case: MemoryCase) -> nn.Module:
+    plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
+    model: nn.Module = plugin.build(base, case.settings)
+    optimize_lora_inputs(model)
+    return model
+
+
+def fake_masks() -> Any:
+    """Replace numpy's part of dropout on a CPU by tensors of the same sizes: numpy has no fake arrays."""
+
+    def draw_mask(inputs: Tensor, p: float) -> tuple[Tensor, float]:
+        return torch.empty(inputs.shape, dtype=torch.bool), 1 / (1 - p)
+
+    def pack_mask(keep: Tensor) -> Tensor:
+        return torch.empty(-(-keep.numel() // 8), dtype=torch.uint8)
+
+    def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=torch.bool)
+
+    return mock.patch.multiple(_lora_input, draw_mask=draw_mask, pack_mask=pack_mask, unpack_mask=unpack_mask)
 
 
 @contextmanager

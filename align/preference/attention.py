@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from align.preference.groups import ForwardCost, block_mask
+from finetune.adapters._lora_input import DropoutLinear
 from finetune.library_internals import attention_implementation
 from finetune.training.architectures import MASKABLE_LAYER_TYPES, mask_unsupported
 from finetune.training.model import unwrap_model
@@ -93,7 +94,7 @@ def block_mask_unsupported(config: PretrainedConfig, *, max_positions: int) -> s
 def forward_cost(model: nn.Module) -> ForwardCost:
     """Return a model's forward cost per token and token pair: with adapters, without embeddings and head."""
     decoder = _get_decoder(model)
-    linear_layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    linear_layers = [module for module in decoder.modules() if isinstance(module, (nn.Linear, DropoutLinear))]
     config = decoder.config.get_text_config()
     # Queries times keys, and weights times values: one multiply-add for each hidden dimension of a layer.
     per_pair = 2.0 * config.num_hidden_layers * config.hidden_size

@@ -1,4 +1,4 @@
-"""Linear layers with their adapters (LoRA, DoRA, VeRA, (IA)^3, OFT, bottlenecks) as simulated operations.
+"""Linear layers with their adapters (LoRA and its kin, (IA)^3, OFT, bottlenecks) as simulated operations.
 
 Calling convention: a method borrows its input tensors, and the caller owns the output.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from finetune.planner.architecture import LinearShape
+from finetune.planner.low_rank import LowRankUpdate
 from finetune.planner.parameter_count import FEEDFORWARD_MODULES, KV_MODULES, oft_block_size
 from finetune.planner.static_memory import NF4_BLOCK
 from finetune.planner.tape import Tape, Tensor
@@ -100,9 +101,9 @@ class AdaptedLinears:
             return self.replace_output(output, self.add_bias(output, layer.out_features))
         if not self.is_target(name):
             return output
-        if method in ("dora", "vera"):
-            return (self.dora if method == "dora" else self.vera)(states, layer, output)
-        return self.lora(states, layer, output) if method in LORA_METHODS else output
+        if method not in (*LORA_METHODS, "vera"):
+            return output
+        return LowRankUpdate(self, layer).apply(states, output)
 
     def is_target(self, name: str) -> bool:
         """Return whether the adapter is attached to layers of this name."""
@@ -177,140 +178,6 @@ class AdaptedLinears:
         copy = self.tape.apply([weight], weight.numel, self.itemsize)
         self.autocast_cache.append(copy)
         return copy
-
-    def lora(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
-        """Return W x + s B A x (LoRA) and release W x.
-
-        PEFT casts x to A's float32, applies dropout (a mask and a new x), and autocast casts it back: A's
-        input and A's output are saved in the compute dtype. Without autocast and dropout x itself is saved,
-        once for all layers that read it.
-        """
-        states_fp32 = self.to(states, 4)  # PEFT casts x to the dtype of A
-        dropped_states = self.apply_dropout(states_fp32)
-        outer = self.low_rank_product(dropped_states, layer)
-        self.tape.release(dropped_states)
-        scaled = self.tape.apply([outer], outer.numel, self.itemsize)  # times alpha / r
-        self.tape.release(outer)
-        output = self.add(base, scaled)
-        self.tape.release(base, scaled, states_fp32)
-        return output
-
-    def low_rank_product(self, states: Tensor, layer: LinearShape) -> Tensor:
-        """Return B A x; A and B each save their input."""
-        tape, rank, rows = self.tape, self.adapter.rank, states.numel // layer.in_features
-        inputs, down = self.to(states, self.itemsize), self.compute_weight(rank * layer.in_features)
-        inner = tape.apply([inputs, down], rows * rank, self.itemsize, saved_for_backward=[inputs, down])
-        tape.release(inputs)
-        up = self.compute_weight(rank * layer.out_features)
-        outer = tape.apply(
-            [inner, up], rows * layer.out_features, self.itemsize, saved_for_backward=[inner, up]
-        )
-        tape.release(inner)
-        return outer
-
-    def apply_dropout(self, states: Tensor) -> Tensor:
-        """Return the tensor after dropout: a GPU saves one byte per element, a CPU the full-size noise."""
-        tape = self.tape
-        if not self.adapter.dropout or self.workload.objective == "ppo":  # PPO switches dropout off
-            tape.retain(states)
-            return states
-        noise = tape.allocate(states.numel, 1 if self.workload.device == "cuda" else states.itemsize)
-        output = tape.apply([states], states.numel, states.itemsize, saved_for_backward=[noise])
-        tape.release(noise)
-        return output
-
-    def dora(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
-        """Return W x + (m - 1) W x + m s B A x (DoRA) and release W x; m is the magnitude over the norm.
-
-        For the norm PEFT multiplies B A out, in float32. With dropout it computes W x once more, from the
-        dropped-out x, and then autocast's copy of W is saved for the gradient of x.
-        """
-        tape, rows = self.tape, states.numel // layer.in_features
-        numel = layer.in_features * layer.out_features
-        states_fp32 = self.to(states, 4)
-        dropped_states = self.apply_dropout(states_fp32)
-        product = self.dora_product(layer)
-        # W in float32 for the norm; a plain float32 weight is read where it is.
-        weight = tape.allocate(0 if self.itemsize == 4 and not self.dequantized_bytes(layer) else numel, 4)
-        # W + s B A and a temporary for its column norms.
-        tape.allocate_temporary(2 * 4 * numel)
-        outer = self.low_rank_product(dropped_states, layer)
-        if self.adapter.dropout:
-            inputs, weight_copy = (
-                self.to(dropped_states, self.itemsize),
-                tape.allocate(0 if self.itemsize == 4 else numel, self.itemsize),
-            )
-            base_output = tape.apply([inputs], base.numel, self.itemsize, saved_for_backward=[weight_copy])
-            tape.release(inputs, weight_copy)
-        elif layer.bias:
-            base_output = tape.apply([base], base.numel, base.itemsize, aliased=True)  # W x without the bias
-        else:
-            tape.retain(base)
-            base_output = base
-        magnitude = tape.parameter(layer.out_features)
-        scaled_base = tape.apply(
-            [base_output, magnitude],
-            rows * layer.out_features,
-            4,
-            saved_for_backward=[base_output],
-            workspace=4 * base.numel,
-        )
-        scaled_delta = tape.apply(
-            [outer, magnitude], outer.numel, 4, saved_for_backward=[outer], workspace=4 * base.numel
-        )
-        delta = tape.apply([scaled_delta], scaled_delta.numel, 4)
-        tape.release(scaled_delta)
-        update = self.add(scaled_base, delta)
-        tape.release(scaled_base, delta, base_output, outer, weight, *product, dropped_states, states_fp32)
-        output = self.add(base, update)
-        tape.release(update)
-        return self.replace_output(base, output)
-
-    def dora_product(self, layer: LinearShape) -> list[Tensor]:
-        """Return B A in float32, and the identity matrix that PEFT computes it from.
-
-        The identity is A's input, so the graph of B A saves it, in the compute dtype, as long as B A exists.
-        """
-        tape, numel = self.tape, layer.in_features * layer.out_features
-        identity = tape.allocate(layer.in_features**2, self.itemsize)
-        if self.itemsize == 4:
-            return [identity, tape.allocate(numel, 4)]
-        identity_fp32 = tape.allocate(layer.in_features**2, 4)
-        product = tape.allocate(numel, self.itemsize)
-        tape.release(identity_fp32)
-        product_fp32 = tape.allocate(numel, 4)
-        tape.release(product)
-        return [identity, product_fp32]
-
-    def vera(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
-        """Return W x + b * (B (d * (A x))) (VeRA) and release W x.
-
-        A and B are frozen; the gradients of d and b need A x and B (...). Autocast's copies of A and B are
-        saved.
-        """
-        tape, rank, rows = self.tape, self.adapter.rank, states.numel // layer.in_features
-        copied_rank = 0 if self.itemsize == 4 else rank  # float32 matrices need no copy
-        states_fp32 = self.to(states, 4)
-        dropped_states = self.apply_dropout(states_fp32)
-        inputs, down = (
-            self.to(dropped_states, self.itemsize),
-            tape.allocate(copied_rank * layer.in_features, self.itemsize),
-        )
-        inner = tape.apply([inputs], rows * rank, self.itemsize, saved_for_backward=[down])
-        tape.release(dropped_states, inputs, down)
-        scaled_inner = tape.apply([inner, tape.parameter(rank)], rows * rank, 4, saved_for_backward=[inner])
-        narrow, up = (
-            self.to(scaled_inner, self.itemsize),
-            tape.allocate(copied_rank * layer.out_features, self.itemsize),
-        )
-        outer = tape.apply([narrow], base.numel, self.itemsize, saved_for_backward=[up])
-        tape.release(inner, scaled_inner, narrow, up)
-        scaled = tape.apply(
-            [outer, tape.parameter(layer.out_features)], outer.numel, 4, saved_for_backward=[outer]
-        )
-        output = self.add(base, scaled)
-        tape.release(outer, scaled, states_fp32)
-        return self.replace_output(base, output)
 
     def ia3_output(self, base: Tensor, width: int) -> Tensor:
         """Return (IA)^3's l * (W x) and release W x, which is saved for the gradient of l."""

@@ -29,6 +29,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from finetune.adapters._lora_input import optimize_lora_inputs
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
@@ -249,6 +250,7 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Modu
     plugin = load_plugin("finetune.adapters", settings.method, where="adapter.method")
     with adapter_errors(model, settings):
         adapted: nn.Module = plugin.build(model, settings)
+    optimize_lora_inputs(adapted)
     return adapted
 
 
