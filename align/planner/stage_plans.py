@@ -206,7 +206,7 @@ class SamplingPlan(StagePlan):
     def _generation_rows(self, workload: Workload, positions: int) -> int:
         """Return the completions sampled at once by all processes."""
         requested = self.settings.sampling.generation_batch_size
-        saturating = auto_values.GENERATION_TOKEN_FACTOR * auto_values.TOKENS_PER_FORWARD[workload.device]
+        saturating = auto_values.GENERATION_TOKENS[workload.device]
         return saturating // positions if requested == "auto" else requested
 
     def _sampled(self, workload: Workload, lengths: RowLengths, rows: int, **loss: Any) -> Workload:

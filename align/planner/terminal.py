@@ -8,7 +8,7 @@ from rich.table import Table
 
 from align.planner.alternatives import Alternative
 from align.planner.plan import Plan
-from finetune.distributed.hardware import GIB, RESERVED_BYTES
+from finetune.distributed.hardware import FASTER_ALLOCATOR_GAIN, GIB, RESERVED_BYTES, faster_allocator
 from finetune.planner.estimate import Phase, TotalWork
 
 MIB = 2**20
@@ -30,6 +30,9 @@ def print_plan(plan: Plan, console: Console, *, command: str) -> None:
         _print_line(console, "auto" if not index else "", f"{key}={value}  ({reason})")
     for note in plan.recipe.notes:
         _print_line(console, "note", note)
+    if plan.device.kind == "cpu" and (library := faster_allocator()):
+        text = f"LD_PRELOAD={library} {command}  ({FASTER_ALLOCATOR_GAIN})"
+        _print_line(console, "faster", text)
     if plan.fits:
         _print_line(console, "next", command)
 

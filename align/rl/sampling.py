@@ -20,7 +20,7 @@ from finetune.generation.sampler import (
     until_stop_token,
 )
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
+from finetune.training.auto_values import GENERATION_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Sampling:
     @classmethod
     def from_settings(cls, device: str, settings: SamplingSettings, *, stop_ids: Sequence[int]) -> "Sampling":
         """Return the recipe's sampling parameters, with a batch size for the device if it is ``auto``."""
-        tokens_per_batch = GENERATION_TOKEN_FACTOR * TOKENS_PER_FORWARD[device]
+        tokens_per_batch = GENERATION_TOKENS[device]
         generation_batch_size = (
             None if settings.generation_batch_size == "auto" else settings.generation_batch_size
         )

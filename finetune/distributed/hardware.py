@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ RESERVED_BYTES = {"cuda": GIB // 2, "cpu": int(0.82 * GIB)}
 CPU the process itself: Python with torch, transformers, peft and trl, and the buffers of kernels and
 tokenizer. Measured: what runs on the bundled model take beyond the planned tensors (0.78 GiB for dpo, 0.84
 for pretrain)."""
+FASTER_ALLOCATOR_GAIN = "tcmalloc, measured: a fifth less time and memory than with glibc"
+"""Of SFT of a 135M model in bfloat16 on two cores: 85 s and 6.3 GiB instead of 106 s and 7.8 GiB."""
 Utilization = tuple[float, float]
 
 # Hardware FLOPs utilization (HFU), from MosaicML, llm-foundry, scripts/train/benchmarking/README.md: training
@@ -119,6 +122,14 @@ def detect_hardware() -> Hardware:
     bfloat16 = any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
     return Hardware("cpu", f"{name}, {torch.get_num_threads()} threads", bfloat16)
+
+
+def faster_allocator() -> str | None:
+    """Return the name of tcmalloc's library for ``LD_PRELOAD``; None: not Linux, not installed, or in use."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file() or "malloc" in maps.read_text(encoding="utf-8"):
+        return None
+    return find_library("tcmalloc") or find_library("tcmalloc_minimal")
 
 
 def peak_memory_bytes(hardware: Hardware) -> int:

@@ -13,11 +13,14 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.limits import AtMost
 from finetune.recipe.settings import StageSettings
 
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
-"""Tokens of a forward pass that saturate the device; more cost memory and gain no speed."""
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a forward pass that saturate the device; more cost memory and gain no speed.
 
-GENERATION_TOKEN_FACTOR = 4
-"""Tokens generated in parallel, as a multiple of a training forward pass: sampling stores no activations."""
+Measured on two cores with a 135M model in bfloat16, 128 rows of up to 468 tokens: 8 rows per pass took 176 s,
+4 rows 168 s, 2 rows 191 s (peak memory 10.8, 6.6 and 4.7 GiB).
+"""
+GENERATION_TOKENS = {"cpu": 16384, "cuda": 65536}
+"""Tokens generated in parallel: sampling stores no activations."""
 
 DEFAULT_MAX_LENGTH = 2048
 NO_POSITION_LIMIT = 2**31

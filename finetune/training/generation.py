@@ -10,7 +10,7 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.generation.sampler import Decoding, TransformersSampler
-from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
+from finetune.training.auto_values import GENERATION_TOKENS
 from finetune.training.context import RunContext
 from finetune.training.model import Policy, TextEncoding
 
@@ -76,4 +76,4 @@ def model_sampler(model: nn.Module, encoder: Encoder) -> TransformersSampler:
 
 def generation_tokens(device: torch.device) -> int:
     """Return the tokens that are generated in parallel on a device."""
-    return GENERATION_TOKEN_FACTOR * TOKENS_PER_FORWARD[device.type]
+    return GENERATION_TOKENS[device.type]

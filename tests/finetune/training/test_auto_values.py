@@ -74,10 +74,10 @@ def test_virtual_tokens_leave_room_for_a_row(requested: int | None) -> None:
     ("requested", "longest", "hardware", "expected"),
     [
         (3, 5000, NEW, 3),
-        ("auto", 4096, NEW, 1),
-        ("auto", 4097, NEW, 1),
-        ("auto", 2048, NEW, 2),
-        ("auto", 100, NEW, 32),
+        ("auto", 2048, NEW, 1),
+        ("auto", 2049, NEW, 1),
+        ("auto", 1024, NEW, 2),
+        ("auto", 60, NEW, 32),
         ("auto", 1000, GPU, 16),
         ("auto", 2000, GPU, 8),
     ],
@@ -89,15 +89,15 @@ def test_micro_batch_size(requested: int | str, longest: int, hardware: Hardware
 
 @pytest.mark.parametrize(
     ("batch", "longest", "least", "expected"),
-    [(12, 500, 1, 6), (12, 5000, 1, 1), (12, 5000, 2, 2), (9, 5000, 2, 3), (16, 500, 2, 8), (7, 1000, 1, 1)],
+    [(10, 500, 1, 2), (12, 5000, 1, 1), (12, 5000, 2, 2), (9, 5000, 2, 3), (16, 500, 2, 4), (7, 1000, 1, 1)],
 )
 def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, expected: int) -> None:
-    """4096 tokens per forward pass on a CPU: 8 rows of 500, reduced to 6, which divides 12; 1 row of 5000."""
+    """2048 tokens per forward pass on a CPU: 4 rows of 500, reduced to 2, which divides 10; 1 row of 5000."""
     value, why = auto_values.micro_batch_size(
         "auto", batch_size=batch, longest=longest, hardware=CPU, must_divide=True, min_rows=least
     )
     assert value == expected and batch % value == 0
-    assert ("a divisor of" in why) == (batch % max(least, min(batch, 4096 // longest)) > 0)
+    assert ("a divisor of" in why) == (batch % max(least, min(batch, 2048 // longest)) > 0)
 
 
 @pytest.mark.parametrize(
