@@ -23,7 +23,7 @@ PLANNED = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
 OPTIONS = $(PLANNED) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) run rlhf list show data plan chat generate eval merge test test-all test-gpu check docs tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data plan chat generate finish eval merge test test-all test-gpu check docs tiny-base tiny-data compare clean
 
 help:  ## show this help
 	@echo "make TARGET [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -67,6 +67,9 @@ generate: $(READY)  ## answer every row of a file: make generate RUN=runs/... DA
 
 compare: $(READY)  ## compare runs: make compare RUNS="runs/... runs/..." ARGS="--html compare.html"
 	$(BIN)/llm-align compare $(RUNS) $(ARGS)
+
+finish: $(READY)  ## make a finished run of an interrupted one at its last checkpoint: make finish RUN=runs/...
+	$(BIN)/llm-align finish $(RUN) $(ARGS)
 
 eval: $(READY)  ## evaluate a run on suites, against its base: make eval RUN=runs/... SUITE=truthfulqa
 	$(BIN)/llm-align eval $(RUN) $(if $(SUITE),--suite $(SUITE)) $(ARGS)

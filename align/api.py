@@ -17,6 +17,7 @@ from finetune.recipe.runs import find_run
 from finetune.recipe.silence import filter_foreign_lines
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import TrainerCallback
 
     from align.evaluation.compare import Comparison
@@ -203,10 +204,11 @@ def run(
     console = Terminal()
     with one_run(f"{recipe.stage} {recipe.name}"), working(console, "preparing the run"):
         # The imports take seconds.
+        from align.finish_run import report_early_finish
         from align.required_runs import resolve_required_runs
         from finetune.training.launch import launch_stage
 
-        return launch_stage(
+        result = launch_stage(
             resolve_required_runs(recipe, console),
             console,
             force=force,
@@ -214,6 +216,35 @@ def run(
             command=command,
             callbacks=callbacks,
         )
+        report_early_finish(result, recipe.settings, console)
+        return result
+
+
+@for_python
+def finish(
+    run: "str | Path | Result", *, accept_changed_code: bool = False, console: "Console | None" = None
+) -> "Result":
+    """Make a finished run of an interrupted one at its last checkpoint, as ``llm-align finish`` does.
+
+    No step is trained. The weights are saved and evaluated as at the end of a run. A finished run is returned
+    at once.
+
+    Args:
+        run: the run directory, its name in ./runs, or a prefix of the name (the newest that is not finished).
+        accept_changed_code: finish the run although files of its user functions have changed.
+        console: receives the progress; None: the terminal.
+
+    Raises:
+        UserError: there is no such run, it is in progress, it has no checkpoint, or its inputs have changed.
+        NotFiniteError: a metric of its weights is NaN or infinite.
+    """
+    from finetune.recipe.console import Terminal, working
+
+    console = console or Terminal()
+    with one_run(f"finish {_run_name(run)}"), working(console, "preparing the run"):
+        from align.finish_run import finish_run
+
+        return finish_run(_run_name(run), console, accept_changed_code=accept_changed_code)
 
 
 @for_python

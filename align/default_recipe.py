@@ -6,8 +6,9 @@ from typing import Any
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
+from finetune.recipe.settings import EMBEDDED_BASE
 
-QUICKSTART, EMBEDDED_BASE = "quickstart", "tiny"
+QUICKSTART = "quickstart"
 
 
 def default_recipe(stage: str, overrides: Mapping[str, Any]) -> tuple[str, list[str]]:

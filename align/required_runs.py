@@ -19,6 +19,7 @@ from finetune.distributed.deepspeed_setup import check_deepspeed_installed
 from finetune.distributed.hardware import detect_devices
 from finetune.distributed.rank import dist_info
 from finetune.distributed.solver import LaunchTarget, resolve
+from finetune.recipe.checkpoint_folder import model_folder
 from finetune.recipe.compatibility import caught
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
@@ -193,7 +194,7 @@ def _check_launcher(reference: str, recipe: Recipe) -> None:
 def _with_parent_run(run: Path, recipe: Recipe) -> Recipe:
     """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
     update: dict[str, Any] = {"init_from": str(run)}
-    if (run / "model").is_dir():
+    if model_folder(run) is not None:
         # The saved model has no revision, and its config has the RoPE scaling already.
         update |= {"base": str(run), "revision": None, "rope": None}
     model = recipe.settings.model.model_copy(update=update)

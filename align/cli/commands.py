@@ -8,7 +8,13 @@ import click
 
 from align.cli.arguments import RecipeArguments, foreign_options, recipe_arguments, run_argument
 from align.cli.compare import compare
-from align.cli.completion import complete_file, complete_kind, complete_run, completion
+from align.cli.completion import (
+    complete_file,
+    complete_kind,
+    complete_run,
+    complete_stopped_run,
+    completion,
+)
 from align.cli.evaluate import evaluate
 from align.cli.exit_status import (
     CHECK_FAILED,
@@ -16,6 +22,7 @@ from align.cli.exit_status import (
     USER_ERROR,
     ErrorReporting,
     OutputGroup,
+    exit_on_stop,
     fail,
     format_traceback,
     traceback_option,
@@ -24,6 +31,8 @@ from align.cli.generate import generate
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
 from finetune import __version__
+from finetune.distributed.rank import dist_info
+from finetune.recipe.checkpoint_folder import run_of_checkpoint
 from finetune.recipe.errors import CheckFailedError, UserError
 from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.silence import silence_libraries
@@ -41,6 +50,12 @@ Examples:
   llm-align data ppo/hh --from sft-alpaca --data prompts.jsonl
   llm-align data sft-alpaca                            the data of a run
 """
+FINISH_EPILOG = """\b
+Examples:
+  llm-align finish sft-alpaca                          at its last checkpoint
+  llm-align finish runs/sft-alpaca-1a2b3c4d --json
+"""
+FINISH_ACCEPT_HELP = "Finish the run although the code of its reward functions, rules or graders was changed."
 
 
 @click.group(cls=OutputGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -201,8 +216,31 @@ def merge(directory: Path) -> None:
 
         merged = merge_run(directory, report=lambda result: echo(result.line()))
     echo(f"merged   {merged}")
-    base = merged if is_peft_folder(directory) else directory
+    base = merged if is_peft_folder(directory) else run_of_checkpoint(directory) or directory
     echo(f"next     {command_line('sft', '--base', base)}")
+
+
+@cli.command(epilog=FINISH_EPILOG)
+@click.argument("name", metavar="RUN", shell_complete=complete_stopped_run)
+@click.option("--accept-changed-code", is_flag=True, help=FINISH_ACCEPT_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def finish(name: str, accept_changed_code: bool, as_json: bool) -> None:
+    """Make a finished run of an interrupted one at its last checkpoint; no step is trained.
+
+    The weights are saved, reopened and evaluated as at the end of a run, with samples, findings and report.
+    """
+    from align.api import finish as finish_run
+    from align.cli.runs import print_summary, result_json
+    from finetune.recipe.console import error_terminal
+
+    with exit_on_stop():
+        result = finish_run(
+            name, accept_changed_code=accept_changed_code, console=error_terminal() if as_json else None
+        )
+    if as_json:
+        echo_json(result_json(result))
+    elif dist_info().is_main:
+        print_summary(result)
 
 
 add_stage_commands(cli)

@@ -43,7 +43,7 @@ from finetune.recipe.graders import grader_names
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import stage_settings
 from finetune.recipe.recipe_name import DEFAULT_STAGE, is_override
-from finetune.recipe.runs import RUNS_FOLDER, list_runs
+from finetune.recipe.runs import FINISHED, RUNNING, RUNS_FOLDER, list_runs
 from finetune.recipe.settings import AdapterSettings, TrainSettings
 from finetune.recipe.terminal import echo
 
@@ -182,6 +182,14 @@ def complete_file(context: click.Context, parameter: click.Parameter, incomplete
 def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Complete a finished run: its name, or its path if a path is typed."""
     return _runs(incomplete) or [CompletionItem(incomplete, type="dir")]
+
+
+def complete_stopped_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
+    """Complete a run that has stopped before its end: its name, or its path if a path is typed."""
+    prefix = f"{RUNS_FOLDER}/" if incomplete.startswith(f"{RUNS_FOLDER}/") else ""
+    runs = [run for run in list_runs() if run.record.get("status") not in (None, FINISHED, RUNNING)]
+    items = [CompletionItem(f"{prefix}{run.path.name}", help=str(run.record["status"])) for run in runs]
+    return _matching(items, incomplete) or [CompletionItem(incomplete, type="dir")]
 
 
 def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:

@@ -44,6 +44,15 @@ def print_summary(result: Result) -> None:
     console.print(f"next     [bold]{escape(command_line(*words))}[/]", highlight=False, soft_wrap=True)
 
 
+def result_json(result: Result) -> dict[str, Any]:
+    """Return the result of a finished run for ``--json``."""
+    record = result.record
+    fields = {key: record.get(key) for key in ("status", "stage", "recipe", "steps", "finished_early")}
+    paths = {"result": str(result.adapter), "report": str(result.directory / "report.html")}
+    metrics = {"summary": record["summary"], "metrics": record.get("metrics", {})}
+    return {"run": str(result.directory), **fields, **paths, **metrics}
+
+
 def print_classification(metrics: Classification, console: Console) -> None:
     """Print the tables of a classifier's metrics, and a line with the accuracy and its interval."""
     for title, (header, *rows) in classification_tables(metrics).items():

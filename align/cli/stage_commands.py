@@ -19,7 +19,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.renamed import STAGES, renamed_verb
 from finetune.recipe.runs import FINISHED
 from finetune.recipe.terminal import typed_command
-from finetune.training.run_directory import REPLACED
+from finetune.training.matching_run import REPLACED
 
 if TYPE_CHECKING:
     from align.required_runs import PlannedRun
@@ -127,6 +127,8 @@ def _describe(run: "PlannedRun") -> str:
     if run.directory is None:
         return f"starts in {run.path} (the name depends on the run before it)"
     actions = {"": "starts in", FINISHED: "finished in", REPLACED: "starts over in"}
+    if (longer := run.directory.longer) is not None:
+        return f"trains on from step {longer.steps_done} in {run.path}"
     return f"{actions.get(run.status, f'resumes ({run.status}) in')} {run.path}"
 
 

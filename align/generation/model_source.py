@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.recipe.bases import load_bases, resolve_base
+from finetune.recipe.checkpoint_folder import run_of_checkpoint
 from finetune.recipe.errors import Problem, UserError, did_you_mean
-from finetune.recipe.runs import RUNS_FOLDER, find_run, list_runs, read_generative_record
+from finetune.recipe.runs import RECIPE_FILE, RUNS_FOLDER, find_run, list_runs, read_generative_record
 from finetune.recipe.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ class ModelSource:
     @property
     def label(self) -> str:
         """Return its name for messages and file names."""
-        return self.run.name if self.run is not None else Path(self.name).name
+        if self.run is None:
+            return Path(self.name).name
+        run = run_of_checkpoint(self.run)
+        return self.run.name if run is None else f"{run.name}-{self.run.name}"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -83,9 +87,10 @@ class ModelSource:
     @cached_property
     def columns(self) -> Mapping[str, str]:
         """Return the mapping of columns in a run's recipe, {} without one."""
-        if self.run is None or not (self.run / "recipe.yaml").is_file():
+        recipe = (run_of_checkpoint(self.run) or self.run) / RECIPE_FILE if self.run is not None else None
+        if recipe is None or not recipe.is_file():
             return {}
-        content, _ = read_yaml(self.run / "recipe.yaml")
+        content, _ = read_yaml(recipe)
         columns: dict[str, str] = content.get("data", {}).get("columns") or {}
         return columns
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from align.data_check import data_problems
-from align.default_recipe import EMBEDDED_BASE
 from align.pipeline.entries import BASE_KEY, StageEntry, parse_entries
 from align.pipeline.file import find_pipeline, read_pipeline
 from finetune.data.files import data_fingerprint
@@ -20,6 +19,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
+from finetune.recipe.settings import EMBEDDED_BASE
 
 REFERENCED_SECTIONS = ("model", "adapter", "rewards")
 """Sections whose values come from the stages that `from` and `reward` name."""

@@ -22,6 +22,7 @@ from finetune.distributed import collectives
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import FINISHED, read_run_record, resume_command
 from finetune.recipe.settings import EvaluateSettings
 from finetune.stages.sft import SFT
 from finetune.training.context import RunContext
@@ -205,20 +206,45 @@ def _tokenize_rows(rows: Sequence[Conversation], text: TextEncoding) -> Prepared
     return tokenize_conversations(rows, kind)
 
 
-def save_last_round(ctx: RunContext[Settings]) -> None:
+def last_round(ctx: RunContext[Settings]) -> int:
+    """Return the last round of a run; of one that ends early, the last round that is finished.
+
+    Raises:
+        UserError: the run shall end early, and no round is finished.
+    """
+    num_rounds = ctx.settings.rejection.rounds
+    if not ctx.finish:
+        return num_rounds
+    finished = [
+        index
+        for index in range(1, num_rounds + 1)
+        if read_run_record(round_folder(ctx.run.path, index)).get("status") == FINISHED
+    ]
+    if not finished:
+        repair = f"`{resume_command(ctx.run.record)}` resumes it"
+        raise UserError(
+            Problem(str(ctx.run.path), "no round is finished", "a run with a finished round", repair)
+        )
+    return max(finished)
+
+
+def save_last_round(ctx: RunContext[Settings], round_index: int) -> None:
     """Copy the weights of the last round into the run, and record their checksums.
 
     Raises:
         UserError: the files do not match the round's checksums.
     """
     # One process copies; all record the same checksums.
-    files = collectives.broadcast_object(_copy_last_round(ctx) if ctx.dist.is_main else {})
+    files = collectives.broadcast_object(_copy_last_round(ctx, round_index) if ctx.dist.is_main else {})
     ctx.run.update(files=files)
-    ctx.check(CheckResult("saved", f"{', '.join(files)} from round {ctx.settings.rejection.rounds}"))
+    ctx.check(CheckResult("saved", f"{', '.join(files)} from round {round_index}"))
+    if round_index < ctx.settings.rejection.rounds:
+        early = {"at": round_index, "of": ctx.settings.rejection.rounds, "unit": "round"}
+        ctx.run.update(finished_early=early)
 
 
-def _copy_last_round(ctx: RunContext[Settings]) -> dict[str, str]:
-    last = round_folder(ctx.run.path, ctx.settings.rejection.rounds)
+def _copy_last_round(ctx: RunContext[Settings], round_index: int) -> dict[str, str]:
+    last = round_folder(ctx.run.path, round_index)
     name = "adapter" if (last / "adapter").is_dir() else "model"
     with ctx.run.atomic_folder(name) as folder:
         shutil.copytree(last / name, folder, dirs_exist_ok=True)
@@ -226,7 +252,5 @@ def _copy_last_round(ctx: RunContext[Settings]) -> dict[str, str]:
     mismatched = [file for file, checksum in files.items() if file_sha256(ctx.run.path / file) != checksum]
     if mismatched:
         actual = f"checksum mismatch: {', '.join(mismatched)}"
-        raise UserError(
-            Problem(str(last), actual, "files as the round saved them", "start over with --force")
-        )
+        raise UserError(Problem(str(last), actual, "files as the round saved them", "start over: --force"))
     return files

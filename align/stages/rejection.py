@@ -45,7 +45,7 @@ def run(ctx: RunContext[Settings]) -> None:
         NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
     from align.rejection.diagnostics import diagnose_rejection
-    from align.rejection.rounds import load_round_policies, save_last_round
+    from align.rejection.rounds import last_round, load_round_policies, save_last_round
     from align.rl.prompts import load_prompts
     from align.rl.rollout_log import equal_rewards_finding
     from finetune.training.generation_eval import GenerationEvals
@@ -60,20 +60,21 @@ def run(ctx: RunContext[Settings]) -> None:
     policies = load_round_policies(ctx, text, data.columns)
     evals = GenerationEvals.load(settings, text.encoder, data.prompts)
     suites = SuiteEvals.load(settings.evaluate.suites)
-    method = RejectionSampling(ctx, text, data, policies, evals.graded.graders)
-    metadata, last_round = method.prepare(), settings.rejection.rounds
+    num_rounds = last_round(ctx)
+    method = RejectionSampling(ctx, text, data, policies, evals.graded.graders, num_rounds)
+    metadata = method.prepare()
     for note in evals.notes:
         ctx.log(note)
     with ctx.recorded(metadata, method.metric_spec.with_summary({**evals.summary, **suites.summary})):
         evals.run(ctx.run, method.generate_with(1), "before")
         suites.record(ctx.run, lambda: method.loaded_model(1), "before")
         method.evaluate(0)
-        for round_index in range(1, last_round + 1):
+        for round_index in range(1, num_rounds + 1):
             method.run_round(round_index)
             method.evaluate(round_index)
-        save_last_round(ctx)
-        evals.run(ctx.run, method.generate_with(last_round + 1), "after")
-        suites.record(ctx.run, lambda: method.loaded_model(last_round + 1), "after")
+        save_last_round(ctx, num_rounds)
+        evals.run(ctx.run, method.generate_with(num_rounds + 1), "after")
+        suites.record(ctx.run, lambda: method.loaded_model(num_rounds + 1), "after")
         equal = equal_rewards_finding(ctx.run, policies.rewards.names)
         # With equal rewards nothing else has a cause of its own.
         findings = diagnose_rejection(reward_change(ctx.run)) if equal is None else [equal]
@@ -90,6 +91,7 @@ class RejectionSampling:
         data: training and held-out prompts.
         policies: the policy of each round, and the rewards.
         graders: grade the held-out completions.
+        num_rounds: the rounds of this run; fewer than the recipe's if it ends early.
         selected: selected completions by round.
     """
 
@@ -98,6 +100,7 @@ class RejectionSampling:
     data: PreparedPrompts
     policies: RoundPolicies
     graders: Graders
+    num_rounds: int
     selected: dict[int, list[Candidate]] = field(default_factory=dict)
 
     @property
@@ -183,8 +186,8 @@ class RejectionSampling:
 
         held_out, run = self.data.held_out, self.ctx.run
         entry = run.record.get("rounds", {}).get(str(round_index), {})
-        last_round = self.ctx.settings.rejection.rounds
-        when: When | None = "before" if round_index == 0 else "after" if round_index == last_round else None
+        last = self.num_rounds
+        when: When | None = "before" if round_index == 0 else "after" if round_index == last else None
         if held_out is not None and "eval/objective/reward" not in entry:
             metrics = self._held_out_metrics(held_out, round_index, when)
             entry = {**entry, **{f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()}}

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    engines=("native",), learning_rate=1e-3, training_only=("dropout", "warmup", "cooldown", "penalty")
+    engines=("native",),
+    learning_rate=1e-3,
+    training_only=("dropout", "warmup", "cooldown", "penalty"),
+    depends_on_steps=True,
 )  # the paper, table 8: 5e-4 to 2e-3
 
 

@@ -31,6 +31,7 @@ class Traits:
         training_only: settings that only affect training; a run that continues another may change them.
         init_only: settings that only affect initialization; ignored when a run continues another.
         continues_as: the adapter to continue training with, if it is another one than this.
+        depends_on_steps: whether it has a schedule over all steps, so that a run cannot be trained longer.
     """
 
     quantization: tuple[str, ...] = ("none", "nf4", "int8")
@@ -45,6 +46,7 @@ class Traits:
     training_only: tuple[str, ...] = ()
     init_only: tuple[str, ...] = ()
     continues_as: str = ""
+    depends_on_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,21 @@ from functools import cache
 from pathlib import Path
 
 from finetune.recipe import yaml_file
+from finetune.recipe.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    MERGED,
+    RUN_FILE,
+    is_checkpoint,
+    last_checkpoint,
+    model_folder,
+    outdated_merge,
+)
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.terminal import command_line
 
 BASES = PROJECT / "recipes" / "bases.yaml"
-ADAPTER_CONFIG = "adapter_config.json"
-"""The file of an adapter; transformers loads the adapter onto a base whose folder has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ def resolve_base(base: str) -> str:
     return name
 
 
-RUNS_FOLDER, RUN_FILE = Path("runs"), "run.json"
+RUNS_FOLDER = Path("runs")
 
 
 def _unknown_base_problem(base: str, table: dict[str, Base]) -> Problem:
@@ -98,7 +105,11 @@ def foreign_adapter(base: str, config: Path) -> Problem:
 
 
 def _model_of_run(run: Path) -> Path:
-    models = [run / name for name in ("model", "merged") if (run / name / "config.json").is_file()]
+    models = [run / name for name in ("model", MERGED) if (run / name / "config.json").is_file()]
+    if models and models[0].name == MERGED and (difference := outdated_merge(run)):
+        as_it_is = f"--base {shlex.quote(str(models[0]))} takes it as it is"
+        repair = f"`{command_line('merge', run)}` renews it; {as_it_is}"
+        raise UserError(Problem("model.base", f"run '{run}': {difference}", "the weights of the run", repair))
     if models:
         return models[0]
     expected = "a run with a model: model/ (after full tuning) or merged/"
@@ -108,11 +119,14 @@ def _model_of_run(run: Path) -> Path:
         repair = f"{further}; `{command_line('merge', run)}` makes a base of it"
         raise UserError(Problem("model.base", actual, expected, repair))
     repair = f"`--from {shlex.quote(str(run))}` continues from its last checkpoint"
+    last = last_checkpoint(run)
+    if last is not None and model_folder(last) is not None:
+        repair += f"; --base {shlex.quote(str(last))} takes that as the base"
     raise UserError(Problem("model.base", f"run '{run}' has no model yet", expected, repair))
 
 
 def _adapter_hint(folder: Path) -> str:
-    if is_peft_folder(folder):
+    if is_peft_folder(folder) or is_checkpoint(folder):
         further = f"--from {shlex.quote(str(folder))} trains it further"
         return f"it is an adapter: {further}, `{command_line('merge', folder)}` makes a model"
     if (folder / ADAPTER_CONFIG).is_file():

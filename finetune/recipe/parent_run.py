@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
+from finetune.recipe.checkpoint_folder import model_folder, run_of_checkpoint
 from finetune.recipe.command_line import COMMAND_LINE, Origins, SectionValues, learning_rate_note
 from finetune.recipe.discovery import (
     adapter_settings,
@@ -16,8 +17,8 @@ from finetune.recipe.discovery import (
     stage_names,
 )
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.peft_folder import is_peft_folder, peft_adapter_settings, run_of_checkpoint
-from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record, repeat_repair
+from finetune.recipe.peft_folder import is_peft_folder, peft_adapter_settings
+from finetune.recipe.runs import LIST_RUNS_HINT, RECIPE_FILE, find_run, read_finished_record, repeat_repair
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
 from finetune.recipe.terminal import command_line
 
@@ -75,16 +76,15 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
     record = read_finished_record(run)
     _check_generative(str(run), record["stage"], stage=stage)
     check_saved_files(run, record, where="model.init_from")
-    trained = run_of_checkpoint(run) or run
-    if is_peft_folder(run) and trained == run:
+    if is_peft_folder(run):
         return _parent_from_peft_folder(run, record["reload"]["model"])
     model_record, name = record["reload"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
-    method = yaml_file.read_yaml(trained / "recipe.yaml")[0]["adapter"]
+    method = yaml_file.read_yaml((run_of_checkpoint(run) or run) / RECIPE_FILE)[0]["adapter"]
     notes = [note] if note else []
     model = ModelSettings(**{**model_record["model"], "init_from": None})
     # After full tuning the run's own model/ is the new base, so revision and rope are already part of it.
-    if (run / "model").is_dir():
+    if model_folder(run) is not None:
         model = model.model_copy(update={"base": name, "revision": None, "rope": None})
     return _build_parent(
         name,

@@ -6,12 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finetune.recipe.checkpoint_folder import ADAPTER_CONFIG, run_of_checkpoint
 from finetune.recipe.errors import Problem, UserError
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CONFIG_EXPECTED = "PEFT's config of an adapter"
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints; one of an adapter is an adapter of PEFT whose run says the rest."""
 PEFT_STAGE = "peft"
 """Stands for the stage of the run in the record of such a folder."""
 LORA_KEYS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target"}
@@ -36,20 +35,9 @@ NOT_MERGEABLE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX
 
 
 def is_peft_folder(path: Path) -> bool:
-    """Return whether a folder has an adapter of PEFT, and is neither a run nor the adapter of one."""
+    """Return whether a folder has an adapter of PEFT, and is no run, nor the adapter or checkpoint of one."""
     is_run = any((folder / "run.json").is_file() for folder in (path, path.parent))
-    return (path / ADAPTER_CONFIG).is_file() and not is_run
-
-
-def run_of_checkpoint(folder: Path) -> Path | None:
-    """Return the run of a checkpoint's folder, None for any other folder."""
-    run = folder.parent.parent
-    return run if folder.parent.name == CHECKPOINTS and (run / "run.json").is_file() else None
-
-
-def adapter_folder(run: Path) -> Path:
-    """Return the folder of a run's adapter, which for an adapter of PEFT is the folder itself."""
-    return run if is_peft_folder(run) else run / "adapter"
+    return (path / ADAPTER_CONFIG).is_file() and not is_run and run_of_checkpoint(path) is None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -88,7 +76,7 @@ def peft_record(folder: Path) -> dict[str, Any]:
     digest = _file_digest(weights, stat.st_mtime_ns, stat.st_size)
     virtual_tokens = 0 if config["peft_type"] == "PREFIX_TUNING" else config.get("num_virtual_tokens") or 0
     model = {"base": str(base), "revision": config.get("revision"), "trust_remote_code": False}
-    record = {
+    return {
         "status": "finished",
         "stage": PEFT_STAGE,
         "recipe": folder.name,
@@ -106,11 +94,6 @@ def peft_record(folder: Path) -> dict[str, Any]:
             "virtual_tokens": virtual_tokens,
         },
     }
-    run = run_of_checkpoint(folder)
-    if run is None:
-        return record
-    saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return record | {key: saved[key] for key in ("stage", "recipe", "command", "reload") if key in saved}
 
 
 def peft_adapter_settings(folder: Path) -> dict[str, Any]:

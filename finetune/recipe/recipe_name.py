@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from finetune.recipe import yaml_file
+from finetune.recipe.checkpoint_folder import run_of_checkpoint
 from finetune.recipe.discovery import find_recipe, recipe_names, stage_names, stage_of_verb, verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import RECIPE_FILE, RUNS_FOLDER, find_run, read_run_record
@@ -48,7 +49,10 @@ def _run_folder(text: str) -> Path | None:
         if (folder / "run.json").is_file():
             return folder
     is_recipe = "/" in text or "." in text or any(text in recipe_names(stage) for stage in stage_names())
-    return find_run(text)[0] if not is_recipe and any(RUNS_FOLDER.glob(f"{text}*/run.json")) else None
+    if is_recipe or not any(RUNS_FOLDER.glob(f"{text}*/run.json")):
+        return None
+    run, _ = find_run(text)
+    return run_of_checkpoint(run) or run
 
 
 def _check_stage(text: str, recipe_stage: str, stage: str | None, actual: str, name: str) -> None:

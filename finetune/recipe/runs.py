@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.recipe.checkpoint_folder import (
+    checkpoint_record,
+    checkpoint_step,
+    checkpoint_steps,
+    has_heads,
+    is_checkpoint,
+    last_checkpoint,
+)
 from finetune.recipe.errors import Problem, UserError, did_you_mean
-from finetune.recipe.peft_folder import CHECKPOINTS, is_peft_folder, peft_record
+from finetune.recipe.peft_folder import is_peft_folder, peft_record
 from finetune.recipe.terminal import PROGRAM, command_line
 
 RUNS_FOLDER = Path("runs")
@@ -20,15 +28,12 @@ RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"
 """The lock that a process holds on a run's or a pipeline's folder while it writes there."""
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
-CHECKSUM_FILE = "checksums.json"
-"""The file that a complete checkpoint has."""
 FORMAT = 2
 """Format of run.json and of checkpoints: incremented when a stored name changes."""
 LIST_RUNS_HINT = "see `llm-align list runs`"
 REQUIRED_TEXTS = ("status", "recipe", "digest")
 SECTIONS = ("reload", "files", "metrics", "summary", "seconds", "hardware", "init_from", "data", "versions")
 """Fields of run.json that are mappings."""
-HEAD_STAGES = ("reward", "ppo")
 FINISHED_FIELDS = ("stage", "reload")
 RUN_CONTENTS = ("recipe.yaml", "adapter", "model", "checkpoints")
 """Files and folders that only a run leaves: with one of them and without run.json, a run is damaged."""
@@ -166,13 +171,15 @@ def refuse_outdated(where: str, record: Mapping[str, Any]) -> None:
 
 
 def read_finished_record(run: Path) -> dict[str, Any]:
-    """Return a finished run's run.json, or what it would say of an adapter of PEFT.
+    """Return a finished run's run.json, or what it would say of a checkpoint or of an adapter of PEFT.
 
     Raises:
         UserError: the folder is not a finished run.
     """
     if is_peft_folder(run):
         return peft_record(run)
+    if is_checkpoint(run):
+        return checkpoint_record(run)
     record = read_run_record(run)
     refuse_outdated(str(run), record)
     if record.get("status") != FINISHED:
@@ -215,8 +222,8 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     """
     folder = Path(name).expanduser()
     for path in (folder, RUNS_FOLDER / name):
-        if (path / "run.json").is_file() or is_peft_folder(path):
-            if last := _last_checkpoint(path):
+        if (path / "run.json").is_file() or is_checkpoint(path) or is_peft_folder(path):
+            if last := _usable_checkpoint(path):
                 return last
             read_finished_record(path)
             return path, ""
@@ -232,7 +239,7 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     # Raises with the repair for the most recent unfinished run, unless that has a checkpoint.
     if not finished:
         path = max(readable, key=lambda run: str(run.record.get("started", ""))).path
-        if last := _last_checkpoint(path):
+        if last := _usable_checkpoint(path):
             return last
         read_finished_record(path)
     names = {run.path.name for run in finished}
@@ -242,20 +249,43 @@ def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True)
     return newest, note if len(finished) > 1 else ""
 
 
-def _last_checkpoint(run: Path) -> tuple[Path, str] | None:
-    """Return the last checkpoint of a run that stopped, if that is an adapter, and a note; else None."""
-    if is_peft_folder(run):
+def find_any_run(name: str) -> tuple[Path, str]:
+    """Return the run of a name or prefix whatever its status, and a note if several match.
+
+    The newest match that is not finished wins.
+
+    Args:
+        name: a run's folder, the name of a folder in ./runs, or a prefix of such a name.
+
+    Raises:
+        UserError: no run matches.
+    """
+    folder = Path(name).expanduser()
+    for path in (folder, RUNS_FOLDER / name):
+        if is_checkpoint(path) or read_run_record(path):
+            return path, ""
+    prefix = name.removeprefix(f"{RUNS_FOLDER}/")
+    matches = [run for run in list_runs() if run.path.name.startswith(prefix)]
+    readable = [run for run in matches if not run.damage]
+    if not matches:
+        raise UserError(_missing_run_problem(name, folder, "RUN", recipes=False))
+    if not readable:
+        raise UserError([_damaged_run_problem(run.path, run.damage, run.record) for run in matches])
+    chosen = max(readable, key=lambda run: (not run.is_finished, str(run.record.get("started", ""))))
+    note = f"'{name}' matches {len(readable)} runs; using {chosen.path}"
+    return chosen.path, note if len(readable) > 1 else ""
+
+
+def _usable_checkpoint(run: Path) -> tuple[Path, str] | None:
+    """Return the last checkpoint of a run that stopped, if that can be loaded, and a note; else None."""
+    record, folder = read_run_record(run), last_checkpoint(run)
+    if not record or record["status"] in (FINISHED, RUNNING) or folder is None:
         return None
-    record = read_run_record(run)
-    steps = checkpoint_steps(run)
-    # Value and score heads are not part of PEFT's files.
-    has_heads = record.get("stage") in HEAD_STAGES or "heads" in record.get("reload", {})
-    unusable = has_heads or is_outdated(record) or _failed_by_itself(record)
-    if record.get("status") in (FINISHED, RUNNING) or unusable or not steps:
+    unusable = has_heads(record) or is_outdated(record) or _failed_by_itself(record)
+    if unusable or "reload" not in record or not is_checkpoint(folder):
         return None
-    folder = run / CHECKPOINTS / f"checkpoint-{max(steps)}"
-    note = f"{run} is {record['status']} at step {max(steps)} of {record.get('steps', '?')}: using {folder}"
-    return (folder, note) if is_peft_folder(folder) and "reload" in record else None
+    position = f"step {checkpoint_step(folder)} of {record.get('steps', '?')}"
+    return folder, f"{run} is {record['status']} at {position}: using {folder}"
 
 
 def _damaged_run_problem(run: Path, damage: str, record: Mapping[str, Any]) -> Problem:
@@ -294,13 +324,6 @@ def _next_action(run: Path, record: dict[str, Any]) -> str:
 def _failed_by_itself(record: Mapping[str, Any]) -> bool:
     """Return whether a run failed by its own numbers or functions (NaN), and not by a library's exception."""
     return record.get("status") == "failed" and "cause" not in record
-
-
-def checkpoint_steps(run: Path) -> list[int]:
-    """Return the steps of a run's complete checkpoints."""
-    files = (run / CHECKPOINTS).glob(f"checkpoint-*/{CHECKSUM_FILE}")
-    steps = (file.parent.name.removeprefix("checkpoint-") for file in files)
-    return sorted(int(step) for step in steps if step.isdigit())
 
 
 def resume_command(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.recipe.runs import CHECKSUM_FILE
+from finetune.recipe.checkpoint_folder import CHECKSUM_FILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,21 +26,24 @@ from finetune.distributed.interrupts import (
     catch_signals,
 )
 from finetune.distributed.rank import DistInfo, dist_info
+from finetune.recipe.checkpoint_folder import MERGED
 from finetune.recipe.console import when_lost, working
 from finetune.recipe.disk import StorageError, writing_inside
 from finetune.recipe.errors import UserError, UserFunctionError
 from finetune.recipe.limits import limit_keys
 from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.recipe.runs import FORMAT, STOPPED
+from finetune.recipe.terminal import command_line
 from finetune.recipe.user_calls import CALLS, merge_call_times
 from finetune.training.checkpoints import complete_steps
 from finetune.training.fingerprint import function_digests, parent_run_record
 from finetune.training.library_errors import run_errors
+from finetune.training.matching_run import ACCEPT_REPAIR
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.model_card import write_model_card
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import run_summary, write_report
-from finetune.training.run_directory import ACCEPT_REPAIR, RunDirectory
+from finetune.training.run_directory import RunDirectory
 from finetune.training.schedule import COMPLETE_SCHEDULE, SchedulePart
 from finetune.training.stored_rows import store_rows
 
@@ -95,6 +98,7 @@ class RunContext(Generic[SettingsT]):
         is_recording: whether run.json exists, so that checks are written to it at once.
         fitted: the settings with limits that fit the training rows; None before these are read.
         callbacks: the user's callbacks of the trainer.
+        finish: whether the run ends at its last checkpoint, without a further step.
     """
 
     recipe: Recipe[SettingsT]
@@ -113,6 +117,7 @@ class RunContext(Generic[SettingsT]):
     is_recording: bool = False
     fitted: SettingsT | None = None
     callbacks: Sequence[TrainerCallback] = ()
+    finish: bool = False
 
     @property
     def settings(self) -> SettingsT:
@@ -232,7 +237,13 @@ class RunContext(Generic[SettingsT]):
         for note in [*self.recipe.notes, *([self.run.note] if self.run.note else [])]:
             self.log(note)
         parent = parent_run_record(self.recipe.settings)
-        self.run.record.pop("error", None)  # that of an earlier start
+        longer = self._longer_sections()
+        # Those of an earlier start.
+        for key in ("error", "cause", "finished", "finished_early"):
+            self.run.record.pop(key, None)
+        if self.run.is_writer and (self.run.path / MERGED).is_dir():
+            merge = command_line("merge", self.run.path)
+            self.log(f"{MERGED}/ has the weights of an earlier step: `{merge}` renews it after this run")
         self.run.update(
             format=FORMAT,
             status="running",
@@ -251,6 +262,7 @@ class RunContext(Generic[SettingsT]):
             limits=limit_keys(self.recipe.settings),
             **({"init_from": parent} if parent is not None else {}),
             **self._code_sections(),
+            **longer,
             **metadata,
         )
         if self.run.is_writer:
@@ -267,6 +279,13 @@ class RunContext(Generic[SettingsT]):
             entry = change.record(step=step, digest=self.run.digest)
             sections["code_changes"] = [*self.run.record.get("code_changes", []), entry]
         return sections
+
+    def _longer_sections(self) -> dict[str, Any]:
+        """Return run.json's section on earlier lengths of a run that is trained longer."""
+        if self.run.longer is None:
+            return {}
+        entry = self.run.longer.record_entry()
+        return {"trained_longer": [*self.run.record.get("trained_longer", []), entry]}
 
     def _write_final_record(self, metric_spec: MetricSpec) -> None:
         """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""

@@ -14,6 +14,7 @@ from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_ST
 from finetune.recipe.disk import writing_inside
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.limits import fit_to_rows
+from finetune.recipe.runs import resume_command
 from finetune.recipe.settings import StageSettings
 from finetune.training import checkpoints
 from finetune.training.arguments import num_optimizer_steps
@@ -69,12 +70,18 @@ def fit(
     )
     if last.path:
         check_resharding(last.path, strategy=ctx.strategy, num_processes=ctx.dist.world_size)
+    num_steps = int(ctx.run.record["steps"])
+    _check_finishable(ctx, last)
     ctx.run.truncate_after(last.step)
     if last.path:
-        ctx.log(f"resuming from step {last.step}")
+        ctx.log(f"{'finishing at' if ctx.finish else 'resuming from'} step {last.step} of {num_steps}")
+    if last.step < num_steps and not ctx.finish:
+        ctx.run.forget_results()
     assert isinstance(trainer, ScheduledTrainer), "every engine's trainer has the one schedule"
     trainer.schedule_part = ctx.schedule_part
-    recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys)
+    recorder = Recorder(
+        ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys, finish=ctx.finish
+    )
     if ctx.run.is_writer:
         # Before the recorder, which writes the checksums of a complete checkpoint.
         trainer.add_callback(InferenceFiles(unwrap_model(policy), encoder))
@@ -90,12 +97,13 @@ def fit(
 
     size = DiskPlan.of(trainer.model, trainer.args, num_steps=1).checkpoint
     with ctx.timed("train"), writing_inside(ctx.run.path, file=newest_checkpoint, needed=size):
-        try:
-            trainer.train(resume_from_checkpoint=str(last.path) if last.path else None)
-        except AlreadyTrained:
-            ctx.log("training already complete")
-        finally:
-            recorder.progress.stop()
+        has_trained = _train(ctx, trainer, last.path)
+    recorder.progress.stop()
+    if not has_trained:
+        del ctx.seconds["train"]  # those of loading the checkpoint
+    if ctx.finish and last.step < num_steps:
+        early = {"at": last.step, "of": num_steps, "unit": "step"}
+        ctx.run.update(steps=last.step, finished_early=early)
     # After a signal the trainer returns as if it had finished: the checks below are for a trained model.
     ctx.raise_if_interrupted(f"at step {trainer.state.global_step}; checkpoint saved")
     ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
@@ -103,6 +111,25 @@ def fit(
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
     unmoved = unmoved_layers(trained_before, trained_checksums(trainer.model, policy))
     return partial(_check_learned, ctx, trained_before, unmoved)
+
+
+def _train(ctx: RunContext, trainer: Trainer, checkpoint: Path | None) -> bool:
+    """Train to the last step; return False if the checkpoint is of it already, or the run ends there."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except AlreadyTrained:
+        if not ctx.finish:
+            ctx.log("training already complete")
+        return False
+    return True
+
+
+def _check_finishable(ctx: RunContext, last: checkpoints.LastCheckpoint) -> None:
+    """Raise UserError if a run shall end at its last checkpoint and none is valid."""
+    if ctx.finish and last.path is None:
+        actual = f"no valid checkpoint: {'; '.join(last.corrupt) or 'the run has saved none'}"
+        repair = f"`{resume_command(ctx.run.record)}` trains it"
+        raise UserError(Problem(str(ctx.run.path), actual, "a run with a checkpoint", repair))
 
 
 def _check_learned(
@@ -165,11 +192,12 @@ def record_training_metrics(ctx: RunContext, trainer: Trainer, keys: Sequence[st
 
 
 def _select_checkpoint(ctx: RunContext) -> checkpoints.LastCheckpoint:
-    """Return the newest valid checkpoint, and delete the corrupt ones after it."""
+    """Return the newest valid checkpoint, and delete the corrupt ones after it if training goes on."""
     last = checkpoints.find_last_valid(ctx.run.checkpoints)
     for problem in last.corrupt:
         ctx.log(f"corrupt checkpoint, using the previous one: {problem}")
-    checkpoints.remove_newer_than(ctx.run.checkpoints, last.step)
+    if not ctx.finish:
+        checkpoints.remove_newer_than(ctx.run.checkpoints, last.step)
     return last
 
 

@@ -18,6 +18,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from data_templates.segments import Message, TemplateError
 from finetune.data.chat_template import chat_template_text, export_chat_template
 from finetune.data.tokens import Encoder
+from finetune.recipe.command_line import COMMAND_LINE
+from finetune.recipe.settings import EMBEDDED_BASE
 from finetune.training.context import RunContext
 
 COMPARED_CONVERSATIONS = (
@@ -95,11 +97,12 @@ def trained_chat_template(encoder: Encoder) -> tuple[str | None, str]:
 
 
 def untrained_chat_template(ctx: RunContext, encoder: Encoder) -> list[str]:
-    """Return a line for the user if the base has a chat template of its own and another one is trained.
+    """Return a line for the user if a base that they chose has a chat template and another one is trained.
 
-    A run that starts from another one has that run's template.
+    A recipe's own base comes with its template, and a run that starts from another one has that run's.
     """
-    if ctx.settings.model.init_from is not None:
+    is_chosen = ctx.recipe.origins["model.base"] == COMMAND_LINE or ctx.settings.model.base != EMBEDDED_BASE
+    if ctx.settings.model.init_from is not None or not is_chosen:
         return []
     has_own = encoder.tokenizer.chat_template and encoder.name != "tokenizer"
     if not has_own or ctx.settings.data.text_format is not None or renders_run_template(encoder):

@@ -59,6 +59,7 @@ def launch_stage(
     accept_changed_code: bool = False,
     command: str = "",
     callbacks: Callbacks = (),
+    finish: bool = False,
 ) -> Result:
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
@@ -69,6 +70,7 @@ def launch_stage(
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
         callbacks: the user's callbacks of the trainer.
+        finish: end the run at its last checkpoint, without a further step.
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
@@ -82,6 +84,7 @@ def launch_stage(
         "accept_changed_code": accept_changed_code,
         "command": command,
         "callbacks": callbacks,
+        "finish": finish,
     }
     dist = dist_info()
     if dist.world_size > 1:
@@ -92,7 +95,7 @@ def launch_stage(
         num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
             _refuse_python_objects(recipe, callbacks, num_processes)
-            launch_processes(LaunchSpec(recipe, force, accept_changed_code, command), num_processes)
+            launch_processes(LaunchSpec(recipe, force, accept_changed_code, command, finish), num_processes)
             force = False  # the workers finished the run: below it is only read
     return run_stage(recipe, console, force=force, **options)
 
@@ -117,6 +120,7 @@ class LaunchSpec:
     force: bool
     accept_changed_code: bool
     command: str
+    finish: bool
 
 
 def launch_processes(spec: LaunchSpec, num_processes: int) -> None:
@@ -223,6 +227,7 @@ def run_worker(folder: Path) -> int:
             force=spec.force,
             accept_changed_code=spec.accept_changed_code,
             command=spec.command,
+            finish=spec.finish,
         )
     except (UserError, Interrupted, NotFiniteError) as user_error:
         error_path.write_bytes(pickle.dumps(user_error))

@@ -12,7 +12,8 @@ from data_templates.segments import Message
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import detect_hardware
-from finetune.recipe.peft_folder import adapter_folder, is_peft_folder
+from finetune.recipe.checkpoint_folder import adapter_folder, model_folder
+from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
@@ -96,8 +97,8 @@ def load_finished_run(run: Path) -> LoadedModel:
     """
     saved: dict[str, Any] = read_generative_record(run)["reload"]
     settings = ModelSettings(**saved["model"])
-    full_model = run / "model"
-    if full_model.is_dir():
+    full_model = model_folder(run)
+    if full_model is not None:
         # The saved config contains the RoPE scaling already, and scaling it twice is refused.
         settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
     hardware = detect_hardware()
@@ -106,13 +107,13 @@ def load_finished_run(run: Path) -> LoadedModel:
     base = load_base(settings, precision=precision, quantization=saved["quantization"], hardware=hardware)
     adapter = adapter_folder(run)
     model: nn.Module = base
-    if not full_model.is_dir():
+    if full_model is None:
         model = load_saved_adapter(base, adapter)
     model.eval()
     if is_peft_folder(run) and not (run / TOKENIZER_CONFIG).is_file():
         tokenizer = load_tokenizer(settings)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
+        tokenizer = AutoTokenizer.from_pretrained(str(full_model or adapter))
     encoder = Encoder(
         tokenizer,
         saved["template"] or ("tokenizer" if tokenizer.chat_template else "plain"),

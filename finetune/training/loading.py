@@ -12,9 +12,9 @@ from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.base_config import stored_quantization
+from finetune.recipe.checkpoint_folder import adapter_folder
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.peft_folder import adapter_folder
 from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values

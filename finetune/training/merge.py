@@ -3,6 +3,7 @@
 A merged model has the layers and names that the base's files have, so that every program opens it.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from finetune.adapters._load import load_saved_adapter
 from finetune.library_internals import checkpoint_state_dict
 from finetune.recipe import yaml_file
+from finetune.recipe.checkpoint_folder import (
+    MERGED,
+    adapter_folder,
+    run_of_checkpoint,
+    write_merged_from,
+)
 from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.disk import check_free_space
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.peft_folder import adapter_folder, check_peft_mergeable, is_peft_folder
-from finetune.recipe.runs import read_generative_record
+from finetune.recipe.peft_folder import check_peft_mergeable, is_peft_folder
+from finetune.recipe.runs import RECIPE_FILE, read_generative_record
 from finetune.training.atomic_files import atomic_folder
 from finetune.training.inference_files import save_inference_files
 from finetune.training.loaded_model import load_finished_run
@@ -29,7 +36,6 @@ from finetune.training.model import DTYPES
 from finetune.training.model_card import write_model_card
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.reopen import Difference, Loading, Logits, Probe, logits_difference, reopen_model
-from finetune.training.run_directory import MERGED
 from finetune.training.save import verify_model
 
 INT8_LEVELS = 127
@@ -41,8 +47,11 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
     """Write ``RUN/merged``: the base's weights with the adapter's delta added, and the tokenizer.
 
     Args:
-        run: a finished run.
+        run: a finished run, a run's checkpoint, or a folder with an adapter of PEFT.
         report: receives the result of reopening the merged model.
+
+    Returns:
+        The folder of the merged model; of a checkpoint, that of its run.
 
     Raises:
         UserError: not a finished run, no adapter, one that cannot be merged, or the saved model's logits
@@ -50,10 +59,15 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
         StorageError: the disk has no room for the merged model.
     """
     record = read_generative_record(run)
-    adapter = adapter_folder(run)
+    adapter, home = adapter_folder(run), run_of_checkpoint(run) or run
     if not adapter.is_dir():
         raise UserError(
-            Problem(str(run), "a run without an adapter", "a run with one", f"use it as it is: --base {run}")
+            Problem(
+                str(run),
+                "a run without an adapter",
+                "a run with one",
+                f"use it as it is: --base {shlex.quote(str(run))}",
+            )
         )
     _check_mergeable(run)
     loaded, saved = load_finished_run(run), record["reload"]
@@ -68,13 +82,15 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
     Difference(logits_difference(in_memory, trained), bound).require(run, expected="base with adapter")
     loading = Loading.of(merged, trust_remote_code=saved["model"]["trust_remote_code"])
     size = sum(weight.numel() * weight.element_size() for weight in merged.parameters())
-    check_free_space(run, size, what="the merged model", repair="free some space, or move the run's folder")
-    with atomic_folder(run, MERGED, repair="then merge again") as folder:
+    check_free_space(home, size, what="the merged model", repair="free some space, or move the run's folder")
+    with atomic_folder(home, MERGED, repair="then merge again") as folder:
         to_save = merged if saved["quantization"] == "none" else restore_layer_types(merged)
         to_save.save_pretrained(str(folder))
         verify_model(folder, checkpoint_state_dict(to_save, to_save.state_dict()))
         note = save_inference_files(folder, to_save, loaded.encoder)
         write_model_card(folder, record)
+        if not is_peft_folder(run):
+            write_merged_from(folder, record)
         # Freed before the saved one is loaded.
         del loaded, merged, to_save
         merged_result = check_merged(
@@ -84,7 +100,7 @@ def merge_run(run: Path, *, report: Callable[[CheckResult], None] | None = None)
         report(merged_result)
         if note:
             report(report_unsaved_template(note))
-    return run / MERGED
+    return home / MERGED
 
 
 def check_merged(
@@ -132,7 +148,8 @@ def _check_mergeable(run: Path) -> None:
     if is_peft_folder(run):
         check_peft_mergeable(run)
         return
-    method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]["method"]
+    recipe = (run_of_checkpoint(run) or run) / RECIPE_FILE
+    method = yaml_file.read_yaml(recipe)[0]["adapter"]["method"]
     if reason := adapter_traits(method).merge_unsupported:
         expected = "an adapter that can be merged into the weights, such as lora"
         actual = f"adapter '{method}': {reason}"

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from finetune.recipe.checkpoint_folder import describe_steps
+
 CARD_FILE = "README.md"
 EMPTY_CARD = "# Model Card for Model ID"
 """Title of PEFT's card, which has headings only."""
@@ -62,7 +64,7 @@ def write_model_card(folder: Path, record: Mapping[str, Any]) -> None:
                 "base": base,
                 "template": saved.get("template") or "plain text",
                 "precision": f"{saved['precision']}, quantization {saved['quantization']}",
-                "steps": record.get("steps", ""),
+                "steps": describe_steps(record),
                 "seed": record.get("seed", ""),
                 "data": next(iter(record.get("data", {}).get("lines", [])), ""),
                 "versions": ", ".join(

@@ -24,20 +24,35 @@ MEAN_LOSS_KEY = "train_loss"
 
 
 class AlreadyTrained(Exception):  # noqa: N818 - it is no error
-    """The checkpoint is of the last step: nothing is left to train."""
+    """The checkpoint is of the last step, or the run ends there: nothing is left to train."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, writes checkpoint checksums, and stops on signals and NaN."""
 
     def __init__(
-        self, run: RunDirectory, console: Console, signal_flag: SignalFlag, *, logged_keys: Collection[str]
+        self,
+        run: RunDirectory,
+        console: Console,
+        signal_flag: SignalFlag,
+        *,
+        logged_keys: Collection[str],
+        finish: bool = False,
     ) -> None:
-        """Bind the recorder to a run; ``logged_keys`` are the metrics that are written to metrics.jsonl."""
+        """Bind the recorder to a run.
+
+        Args:
+            run: the run directory.
+            console: receives the progress.
+            signal_flag: set by a signal.
+            logged_keys: the metrics that are written to metrics.jsonl.
+            finish: take no step after the checkpoint.
+        """
         self.run = run
         self.logged_keys = logged_keys
         self.console = console
         self.signal_flag = signal_flag
+        self.finish = finish
         self.progress = Progress(
             TextColumn("  "),
             BarColumn(),
@@ -62,7 +77,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             AlreadyTrained: no step is left.
         """
         # Resumed in the middle of an epoch, the engine would run one more step before it checks max_steps.
-        if state.global_step >= state.max_steps:
+        if self.finish or state.global_step >= state.max_steps:
             raise AlreadyTrained
         self.started = self.last_line = time.monotonic()
         self.first_step = state.global_step

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finetune.evaluation.small_samples import describe_sample
+from finetune.recipe.checkpoint_folder import describe_steps
 from finetune.recipe.runs import read_finished_record
 from finetune.training.atomic_files import write_text_atomically
 from finetune.training.metric_specs import Diagnostics
@@ -42,6 +43,8 @@ def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[s
     metrics, parameters = record.get("metrics", {}), record["parameters"]
     share = parameters["trained"] / parameters["total"]
     summary = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
+    if early := record.get("finished_early"):
+        summary[f"{early['unit']}s"] = f"{describe_steps(record)}, finished early"
     for key, (label, style) in summary_metrics.items():
         before, after = (metrics.get(f"{key}_{when}") for when in ("before", "after"))
         if before is not None and after is not None:

@@ -22,6 +22,7 @@ class RunOptions(TypedDict):
     accept_changed_code: bool
     command: str
     callbacks: Callbacks
+    finish: bool
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.adapters._prompt_model import ENCODER_WEIGHTS_FILE
+from finetune.recipe.checkpoint_folder import adapter_folder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.peft_folder import adapter_folder, is_peft_folder
+from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.runs import read_finished_record, repeat_repair
 from finetune.training.preflight.checks import first_few
 from finetune.training.save import ADAPTER_WEIGHTS, adapter_tensors, file_sha256

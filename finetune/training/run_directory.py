@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.distributed.rank import dist_info
-from finetune.recipe import yaml_file
-from finetune.recipe.differences import differing_settings, flat_settings
+from finetune.recipe.checkpoint_folder import MERGED
 from finetune.recipe.disk import StorageError, writing
 from finetune.recipe.errors import LibraryError, Problem, UserError
 from finetune.recipe.recipe import Recipe
@@ -18,11 +17,8 @@ from finetune.recipe.runs import (
     FINISHED,
     FORMAT,
     LOCK_FILE,
-    RECIPE_FILE,
     RUNNING,
-    RUNS_FOLDER,
     STOPPED,
-    is_outdated,
     read_run_record,
     refuse_outdated,
 )
@@ -35,16 +31,25 @@ from finetune.training.atomic_files import (
 )
 from finetune.training.checkpoints import complete_steps, remove_newer_than
 from finetune.training.fingerprint import CodeChange, find_code_change, run_fingerprint
+from finetune.training.longer_run import LongerRun, find_longer_run
+from finetune.training.matching_run import (
+    ACCEPT_REPAIR,
+    REPLACED,
+    changed_code_problem,
+    default_path,
+    describe_differences,
+    interrupted_with_other_code,
+    own_longer_run,
+    shorter_run_note,
+)
 
-REPLACED = "replaced"
-ACCEPT_REPAIR = "the same command with --accept-changed-code resumes the run with the new code"
 SAMPLES = "samples.jsonl"
 SELECTED = "chosen.jsonl"
 ROLLOUTS, HELD_OUT = "rollouts.jsonl", "held_out.jsonl"
 """Sampled completions of training with their rewards; graded completions of held-out prompts."""
 METRICS = "metrics.jsonl"
 RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, ROLLOUTS, HELD_OUT, "report.html", "run.json")
-MERGED, RULES = "merged", "rules"
+RULES = "rules"
 CANDIDATES, ROUNDS = "drawn", "rounds"
 EVALUATION = "evaluation"
 """Folder of the results of ``llm-align eval``."""
@@ -64,6 +69,7 @@ class RunDirectory:
         self.digest = digest
         self.fingerprint = fingerprint
         self.code_change: CodeChange | None = None
+        self.longer: LongerRun | None = None
         self.note = ""
         self.record = read_run_record(path)
         self.is_writer = dist_info().is_main
@@ -100,15 +106,20 @@ class RunDirectory:
             UserError: the folder holds something else.
         """
         digest = recipe.digest(fingerprint)
-        path = recipe.out or _default_path(recipe, digest)
+        path = recipe.out or default_path(recipe, digest)
         note = ""
         # A new run: the same run may have been interrupted with other code, and has another name.
         if recipe.out is None and not force and not read_run_record(path):
-            earlier = _interrupted_with_other_code(recipe, digest)
-            if earlier is not None and accept_changed_code:
+            earlier = interrupted_with_other_code(recipe, digest)
+            longer = own_longer_run(recipe, fingerprint)
+            if longer is not None:
+                path = longer.path
+            elif earlier is not None and accept_changed_code:
                 path = earlier[0]
             elif earlier is not None:
                 note = f"{earlier[0]} was interrupted with another version of {earlier[1]}: {ACCEPT_REPAIR}"
+            else:
+                note = shorter_run_note(recipe, fingerprint)
         run = cls(path, recipe, digest, fingerprint=fingerprint)
         run.note = note
         # Only marked: nothing is deleted before the new run has passed its pre-flight.
@@ -125,8 +136,8 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Return whether the folder holds a finished run of the same recipe."""
-        return self.record.get("status") == FINISHED
+        """Return whether the folder holds a finished run of the same recipe, which is not trained longer."""
+        return self.record.get("status") == FINISHED and self.longer is None
 
     @property
     def checkpoints(self) -> Path:
@@ -160,33 +171,28 @@ class RunDirectory:
             change = find_code_change(self.recipe, self.record)
             if change is not None and not self.finished:
                 if not accept_changed_code:
-                    raise UserError(_changed_code_problem(self.path, change))
+                    raise UserError(changed_code_problem(self.path, change))
                 self.code_change = change
                 return
-            actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
-            if differences := self._differing_settings():
-                actual += f": {differences}"
-            repair = "choose another --out, or --force to replace that run"
-            if self.finished:
-                folder = shlex.quote(str(self.path))
-                repair += f"; to train it longer: --from {folder} with another --out"
-            raise UserError(
-                Problem(f"--out {self.path}", actual, f"a run of this recipe ({self.digest})", repair)
-            )
+            longer = find_longer_run(self.path, self.recipe, self.record, self.fingerprint)
+            if longer is not None:
+                if problem := longer.early_problem():
+                    raise UserError(problem)
+                self.longer = longer
+                return
+            raise UserError(self._other_run_problem())
 
-    def _differing_settings(self) -> str:
-        """Return the settings in which the run in the folder differs from the recipe."""
-        file = self.path / RECIPE_FILE
-        if not file.is_file():
-            return ""
-        then, now = yaml_file.read_yaml(file)[0], self.recipe.values()
-        different = [
-            f"{key}={yaml_file.format_value(old)} (here {yaml_file.format_value(new)})"
-            for key, (old, new) in differing_settings([then, now]).items()
-            # An earlier version may have had settings that this one does not have.
-            if key in flat_settings(now)
-        ]
-        return ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+    def _other_run_problem(self) -> Problem:
+        """Return the problem of a folder with the run of another recipe, or with other data."""
+        actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
+        if differences := describe_differences(self.path, self.recipe):
+            actual += f": {differences}"
+        repair = "choose another --out, or --force to replace that run"
+        if self.finished:
+            repair += (
+                f"; to continue from its weights: --from {shlex.quote(str(self.path))} with another --out"
+            )
+        return Problem(f"--out {self.path}", actual, f"a run of this recipe ({self.digest})", repair)
 
     def clear(self) -> None:
         """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks finished."""
@@ -304,6 +310,17 @@ class RunDirectory:
             if name == METRICS or entries or (self.path / name).is_file():
                 self.write_jsonl(name, entries)
 
+    def forget_results(self) -> None:
+        """Drop metrics and evaluations of the trained model: training goes on, and its weights are replaced."""
+        metrics = self.record.get("metrics", {})
+        # Assigned: `update` merges sections.
+        self.record["metrics"] = {key: value for key, value in metrics.items() if not key.endswith("_after")}
+        if "classification" in self.record:
+            self.record["classification"].pop("after", None)
+        self.update()
+        if self.is_writer:
+            shutil.rmtree(self.path / EVALUATION, ignore_errors=True)
+
     @contextmanager
     def atomic_folder(self, name: str) -> Iterator[Path]:
         """Yield a temporary folder that atomically becomes ``name`` on success."""
@@ -338,50 +355,3 @@ def overwrite_status(record_file: Path) -> None:
     with record_file.open("r+b") as stream:
         stream.seek(position)
         stream.write(stopped)
-
-
-def _changed_code_problem(path: Path, change: CodeChange) -> Problem:
-    actual = f"an interrupted run with another version of {change.files}"
-    repair = f"{ACCEPT_REPAIR}; --force starts over"
-    return Problem(str(path), actual, "the code that the run started with", repair)
-
-
-def _default_path(recipe: Recipe, digest: str) -> Path:
-    """Return the folder of a run without --out: by its name, or where a run of this digest is already."""
-    # A run's own recipe.yaml, unchanged, continues that run, wherever its folder is now.
-    if recipe.run is not None and read_run_record(recipe.run)["digest"] == digest:
-        return recipe.run
-    path = RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
-    if path.is_dir():
-        return path
-    # A run that resumed with changed code keeps the name of its first start.
-    return next((folder for folder, record in _runs_of(recipe) if record["digest"] == digest), path)
-
-
-def _interrupted_with_other_code(recipe: Recipe, digest: str) -> tuple[Path, str] | None:
-    """Return the newest interrupted run that differs from a recipe in code alone, and the changed files."""
-    own = [(recipe.run, read_run_record(recipe.run))] if recipe.run is not None else []
-    changes = {
-        folder: (str(record.get("started", "")), change.files)
-        for folder, record in [*own, *_runs_of(recipe)]
-        if record["digest"] != digest
-        and record["status"] not in (FINISHED, REPLACED)
-        and (change := find_code_change(recipe, record)) is not None
-    }
-    if not changes:
-        return None
-    newest = max(changes, key=lambda folder: changes[folder][0])
-    return newest, changes[newest][1]
-
-
-def _runs_of(recipe: Recipe) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the runs of a recipe in ./runs that call user functions, with their records."""
-    runs = []
-    for folder in sorted(RUNS_FOLDER.glob(f"{recipe.stage}-{recipe.name}-*/")):
-        try:
-            record = read_run_record(folder)
-        except UserError:  # another run's damaged record does not concern this one
-            continue
-        if record.get("functions") and not is_outdated(record):
-            runs.append((folder, record))
-    return runs

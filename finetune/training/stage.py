@@ -169,6 +169,7 @@ def run_stage(
     accept_changed_code: bool = False,
     command: str = "",
     callbacks: Callbacks = (),
+    finish: bool = False,
 ) -> Result:
     """Run a recipe's stage in this process; a finished run is returned at once.
 
@@ -179,6 +180,7 @@ def run_stage(
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
         command: the command line, for run.json.
         callbacks: the user's callbacks of the trainer.
+        finish: end the run at its last checkpoint, without a further step.
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
@@ -194,7 +196,7 @@ def run_stage(
         from finetune.training.fit import checked_callbacks
 
         stage, ctx = load_stage(recipe.stage), RunContext(recipe, run, console, command)
-        ctx.callbacks = checked_callbacks(callbacks)
+        ctx.callbacks, ctx.finish = checked_callbacks(callbacks), finish
         CALLS.limit = recipe.settings.train.function_timeout
         try:
             # Rejection sampling has a loop of its own.
@@ -231,6 +233,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.fit import check_disk, fit, fit_limits, record_training_metrics
     from finetune.training.inference_files import untrained_chat_template
     from finetune.training.library_errors import adapter_errors
+    from finetune.training.longer_run import schedule_record
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
     from finetune.training.run_evals import RunEvals
@@ -238,6 +241,8 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.schedule import check_schedule
 
     fit_limits(ctx, len(method.data.train), lambda: count_steps(ctx, method))
+    if ctx.run.longer is not None:
+        ctx.run.longer.check(ctx.settings.train, count_steps(ctx, method))
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
     evals = RunEvals.load(ctx, method, _generation_evals(ctx, method))
@@ -252,6 +257,9 @@ def train(ctx: "RunContext", method: Method) -> None:
     for note in [*untrained_chat_template(ctx, method.text.encoder), *evals.notes]:
         ctx.log(note)
     sections = _metadata(ctx, method, sections) | {"steps": num_steps}
+    # Methods that count their own steps depend on the number of all of them (prompts, stop rules).
+    if not isinstance(method, CountsSteps):
+        sections["schedule"] = schedule_record(ctx.settings.train, num_steps)
     spec = spec.with_curves(evals.curves)
     with ctx.recorded(sections, spec.with_summary(evals.summary)):
         evals.record("before")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.recipe.checkpoint_folder import run_of_checkpoint
 from finetune.recipe.errors import UserError
-from finetune.recipe.peft_folder import run_of_checkpoint
 from finetune.recipe.runs import FORMAT, find_run, read_finished_record
 from finetune.recipe.terminal import command_line, typed_command
 

@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.recipe.bases import resolve_base
+from finetune.recipe.checkpoint_folder import MERGED
 from finetune.recipe.errors import UserError
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.merge import merge_run
 from finetune.training.result import Result
-from finetune.training.run_directory import MERGED
 
 INPUTS = torch.tensor([[5, 17, 300, 42, 7, 9], [8, 1, 2, 300, 17, 99]])
 
