@@ -17,7 +17,6 @@ from finetune.recipe.runs import find_run
 from finetune.recipe.silence import filter_foreign_lines
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import TrainerCallback
 
     from align.evaluation.compare import Comparison
@@ -221,30 +220,21 @@ def run(
 
 
 @for_python
-def finish(
-    run: "str | Path | Result", *, accept_changed_code: bool = False, console: "Console | None" = None
-) -> "Result":
-    """Make a finished run of an interrupted one at its last checkpoint, as ``llm-align finish`` does.
+def finish(run: "str | Path | Result", *, accept_changed_code: bool = False) -> "Result":
+    """Make a finished run of an interrupted one at its last checkpoint; a finished run is returned at once.
 
-    No step is trained. The weights are saved and evaluated as at the end of a run. A finished run is returned
-    at once.
+    No step is trained. The weights are saved and evaluated as at the end of a run.
 
     Args:
         run: the run directory, its name in ./runs, or a prefix of the name (the newest that is not finished).
         accept_changed_code: finish the run although files of its user functions have changed.
-        console: receives the progress; None: the terminal.
 
     Raises:
         UserError: there is no such run, it is in progress, it has no checkpoint, or its inputs have changed.
-        NotFiniteError: a metric of its weights is NaN or infinite.
     """
-    from finetune.recipe.console import Terminal, working
+    from align.finish_run import finish_run
 
-    console = console or Terminal()
-    with one_run(f"finish {_run_name(run)}"), working(console, "preparing the run"):
-        from align.finish_run import finish_run
-
-        return finish_run(_run_name(run), console, accept_changed_code=accept_changed_code)
+    return finish_run(_run_name(run), accept_changed_code=accept_changed_code)
 
 
 @for_python

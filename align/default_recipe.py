@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.recipe.bases import EMBEDDED_BASE
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
-from finetune.recipe.settings import EMBEDDED_BASE
 
 QUICKSTART = "quickstart"
 

@@ -16,8 +16,10 @@ from finetune.recipe.checkpoint_folder import (
     is_checkpoint,
     run_of_checkpoint,
 )
+from finetune.recipe.console import Terminal, working
 from finetune.recipe.discovery import load_stage, verb_of
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.one_run import one_run
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import (
     FINISHED,
@@ -36,30 +38,33 @@ from finetune.training.longer_run import rest_command
 from finetune.training.result import Result
 
 
-def finish_run(name: str, console: Console, *, accept_changed_code: bool = False) -> Result:
+def finish_run(name: str, *, accept_changed_code: bool = False, console: Console | None = None) -> Result:
     """Finish a run at its last checkpoint and return its result; a finished run is returned at once.
 
     Args:
         name: the run's folder, its name in ./runs or a prefix of it.
-        console: receives the progress.
         accept_changed_code: finish the run although files of its user functions have changed.
+        console: receives the progress; None: the terminal.
 
     Raises:
         UserError: there is no such run, it is in progress, it has no checkpoint, or its inputs have changed.
+        NotFiniteError: a metric of its weights is NaN or infinite.
     """
-    run, note = find_any_run(name)
-    if note:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    recipe = _recipe_of(run)
-    result = launch_stage(
-        resolve_required_runs(recipe, console),
-        console,
-        accept_changed_code=accept_changed_code,
-        command=str(read_run_record(run).get("command", "")),
-        finish=True,
-    )
-    report_early_finish(result, recipe.settings, console)
-    return result
+    console = console or Terminal()
+    with one_run(f"finish {name}"), working(console, "preparing the run"):
+        run, note = find_any_run(name)
+        if note:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+        recipe = _recipe_of(run)
+        result = launch_stage(
+            resolve_required_runs(recipe, console),
+            console,
+            accept_changed_code=accept_changed_code,
+            command=str(read_run_record(run).get("command", "")),
+            finish=True,
+        )
+        report_early_finish(result, recipe.settings, console)
+        return result
 
 
 def report_early_finish(result: Result, settings: StageSettings, console: Console) -> None:

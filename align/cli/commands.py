@@ -229,11 +229,11 @@ def finish(name: str, accept_changed_code: bool, as_json: bool) -> None:
 
     The weights are saved, reopened and evaluated as at the end of a run, with samples, findings and report.
     """
-    from align.api import finish as finish_run
-    from align.cli.runs import print_summary, result_json
-    from finetune.recipe.console import error_terminal
-
     with exit_on_stop():
+        from align.cli.runs import print_summary, result_json
+        from align.finish_run import finish_run
+        from finetune.recipe.console import error_terminal
+
         result = finish_run(
             name, accept_changed_code=accept_changed_code, console=error_terminal() if as_json else None
         )

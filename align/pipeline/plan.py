@@ -12,14 +12,13 @@ from align.pipeline.entries import BASE_KEY, StageEntry, parse_entries
 from align.pipeline.file import find_pipeline, read_pipeline
 from finetune.data.files import data_fingerprint
 from finetune.recipe import yaml_file
-from finetune.recipe.bases import resolve_base
+from finetune.recipe.bases import EMBEDDED_BASE, resolve_base
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.discovery import ADAPTERS, adapter_settings, adapter_traits, plugin_names
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
-from finetune.recipe.settings import EMBEDDED_BASE
 
 REFERENCED_SECTIONS = ("model", "adapter", "rewards")
 """Sections whose values come from the stages that `from` and `reward` name."""

@@ -21,6 +21,8 @@ from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.peft_folder import is_peft_folder
 from finetune.recipe.terminal import command_line
 
+EMBEDDED_BASE = "tiny"
+"""The base that comes with llm-align."""
 BASES = PROJECT / "recipes" / "bases.yaml"
 
 

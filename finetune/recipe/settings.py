@@ -11,8 +11,6 @@ from finetune.recipe.python_rows import PythonRows, from_python, pick_split
 from finetune.recipe.python_tables import has_splits
 from finetune.recipe.user_calls import DEFAULT_LIMIT
 
-EMBEDDED_BASE = "tiny"
-"""Short name of the base that comes with llm-align."""
 MAX_INT = 2**31 - 1
 """Largest count in a recipe: torch and Arrow have 32-bit counters."""
 MAX_FLOAT = 1e30
@@ -74,9 +72,7 @@ class ModelSettings(Section):
 
     NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("init_from",)
 
-    base: NonEmptyStr = Field(
-        EMBEDDED_BASE, description="short name (`llm-align list bases`), Hub id, or folder"
-    )
+    base: NonEmptyStr = Field("tiny", description="short name (`llm-align list bases`), Hub id, or folder")
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub model")
     init_from: NonEmptyStr | None = Field(
         None,

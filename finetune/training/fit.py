@@ -70,13 +70,7 @@ def fit(
     )
     if last.path:
         check_resharding(last.path, strategy=ctx.strategy, num_processes=ctx.dist.world_size)
-    num_steps = int(ctx.run.record["steps"])
-    _check_finishable(ctx, last)
-    ctx.run.truncate_after(last.step)
-    if last.path:
-        ctx.log(f"{'finishing at' if ctx.finish else 'resuming from'} step {last.step} of {num_steps}")
-    if last.step < num_steps and not ctx.finish:
-        ctx.run.forget_results()
+    num_steps = _begin_at(ctx, last)
     assert isinstance(trainer, ScheduledTrainer), "every engine's trainer has the one schedule"
     trainer.schedule_part = ctx.schedule_part
     recorder = Recorder(
@@ -100,10 +94,7 @@ def fit(
         has_trained = _train(ctx, trainer, last.path)
     recorder.progress.stop()
     if not has_trained:
-        del ctx.seconds["train"]  # those of loading the checkpoint
-    if ctx.finish and last.step < num_steps:
-        early = {"at": last.step, "of": num_steps, "unit": "step"}
-        ctx.run.update(steps=last.step, finished_early=early)
+        _end_at(ctx, last, num_steps)
     # After a signal the trainer returns as if it had finished: the checks below are for a trained model.
     ctx.raise_if_interrupted(f"at step {trainer.state.global_step}; checkpoint saved")
     ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
@@ -122,6 +113,26 @@ def _train(ctx: RunContext, trainer: Trainer, checkpoint: Path | None) -> bool:
             ctx.log("training already complete")
         return False
     return True
+
+
+def _begin_at(ctx: RunContext, last: checkpoints.LastCheckpoint) -> int:
+    """Make the run's files those of a checkpoint, and return the optimizer steps of the run."""
+    num_steps = int(ctx.run.record["steps"])
+    _check_finishable(ctx, last)
+    ctx.run.truncate_after(last.step)
+    if last.path:
+        ctx.log(f"{'finishing at' if ctx.finish else 'resuming from'} step {last.step} of {num_steps}")
+    if last.step < num_steps and not ctx.finish:
+        ctx.run.forget_results()
+    return num_steps
+
+
+def _end_at(ctx: RunContext, last: checkpoints.LastCheckpoint, num_steps: int) -> None:
+    """Record that a run ends at a checkpoint."""
+    del ctx.seconds["train"]  # those of loading the checkpoint
+    if last.step < num_steps:
+        early = {"at": last.step, "of": num_steps, "unit": "step"}
+        ctx.run.update(steps=last.step, finished_early=early)
 
 
 def _check_finishable(ctx: RunContext, last: checkpoints.LastCheckpoint) -> None:

@@ -18,8 +18,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from data_templates.segments import Message, TemplateError
 from finetune.data.chat_template import chat_template_text, export_chat_template
 from finetune.data.tokens import Encoder
+from finetune.recipe.bases import EMBEDDED_BASE
 from finetune.recipe.command_line import COMMAND_LINE
-from finetune.recipe.settings import EMBEDDED_BASE
 from finetune.training.context import RunContext
 
 COMPARED_CONVERSATIONS = (

@@ -16,9 +16,8 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.limits import setting, with_values
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RECIPE_FILE
-from finetune.recipe.settings import StageSettings, TrainSettings
+from finetune.recipe.settings import StageSettings
 from finetune.recipe.terminal import command_line
-from finetune.training.auto_values import warmup_steps
 
 LENGTH_KEYS = ("train.max_steps", "train.epochs", "train.warmup", "train.batch_size")
 """Settings in which a longer run may differ: warm-up and batch may be limits that scale with the steps."""
@@ -63,17 +62,16 @@ class LongerRun:
             return self._problem(_decay_reason(schedule))
         return None
 
-    def check(self, fitted: TrainSettings, num_steps: int) -> None:
+    def check(self, now: Mapping[str, Any]) -> None:
         """Check the longer run once its rows are known.
 
         Args:
-            fitted: the settings, fitted to the rows.
-            num_steps: optimizer steps of the longer run.
+            now: its schedule, as in run.json.
 
         Raises:
             UserError: the steps done so far would have been others, or there are none to add.
         """
-        before, now, done = self.record["schedule"], schedule_record(fitted, num_steps), self.steps_done
+        before, num_steps, done = self.record["schedule"], now["steps"], self.steps_done
         if num_steps <= done:
             raise UserError(self._problem(f"it has {done} steps already, and would have {num_steps}"))
         for key in ("batch_size", "warmup"):
@@ -133,13 +131,6 @@ def find_longer_run(
         return None
     changed = {key: old for key, old in before.items() if old != _now(recipe, key)}
     return LongerRun(path, record, recipe, changed)
-
-
-def schedule_record(train: TrainSettings, num_steps: int) -> dict[str, Any]:
-    """Return run.json's section on the schedule: what a longer run must have in common with this one."""
-    warmup = warmup_steps(train.warmup, steps=num_steps)
-    decay = train.lr_schedule
-    return {"decay": decay, "warmup": warmup, "steps": num_steps, "batch_size": int(train.batch_size)}
 
 
 def rest_command(path: Path, record: Mapping[str, Any], settings: StageSettings) -> str:

@@ -311,7 +311,7 @@ class RunDirectory:
                 self.write_jsonl(name, entries)
 
     def forget_results(self) -> None:
-        """Drop metrics and evaluations of the trained model: training goes on, and its weights are replaced."""
+        """Drop metrics and evaluations of the trained model: training goes on and replaces its weights."""
         metrics = self.record.get("metrics", {})
         # Assigned: `update` merges sections.
         self.record["metrics"] = {key: value for key, value in metrics.items() if not key.endswith("_after")}

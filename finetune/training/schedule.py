@@ -8,6 +8,7 @@ decay reaches 0 only after the last step. Without warm-up the rates are those of
 import math
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -93,6 +94,13 @@ def build_schedule(
         warmup=num_warmup_steps * num_steps / first_part_steps,
         first_step=part.index * num_steps,
     )
+
+
+def schedule_record(train: TrainSettings, num_steps: int) -> dict[str, Any]:
+    """Return run.json's section on the schedule: what a longer run must have in common with this one."""
+    warmup = warmup_steps(train.warmup, steps=num_steps)
+    decay = train.lr_schedule
+    return {"decay": decay, "warmup": warmup, "steps": num_steps, "batch_size": int(train.batch_size)}
 
 
 class ScheduledTrainer(Trainer):  # type: ignore[misc]

@@ -233,16 +233,15 @@ def train(ctx: "RunContext", method: Method) -> None:
     from finetune.training.fit import check_disk, fit, fit_limits, record_training_metrics
     from finetune.training.inference_files import untrained_chat_template
     from finetune.training.library_errors import adapter_errors
-    from finetune.training.longer_run import schedule_record
     from finetune.training.model import unwrap_model
     from finetune.training.reopen import check_saveable
     from finetune.training.run_evals import RunEvals
     from finetune.training.save import save_policy
-    from finetune.training.schedule import check_schedule
+    from finetune.training.schedule import check_schedule, schedule_record
 
     fit_limits(ctx, len(method.data.train), lambda: count_steps(ctx, method))
     if ctx.run.longer is not None:
-        ctx.run.longer.check(ctx.settings.train, count_steps(ctx, method))
+        ctx.run.longer.check(schedule_record(ctx.settings.train, count_steps(ctx, method)))
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
     evals = RunEvals.load(ctx, method, _generation_evals(ctx, method))
@@ -257,8 +256,7 @@ def train(ctx: "RunContext", method: Method) -> None:
     for note in [*untrained_chat_template(ctx, method.text.encoder), *evals.notes]:
         ctx.log(note)
     sections = _metadata(ctx, method, sections) | {"steps": num_steps}
-    # Methods that count their own steps depend on the number of all of them (prompts, stop rules).
-    if not isinstance(method, CountsSteps):
+    if not isinstance(method, CountsSteps):  # prompts and stop rules of RL depend on the number of steps
         sections["schedule"] = schedule_record(ctx.settings.train, num_steps)
     spec = spec.with_curves(evals.curves)
     with ctx.recorded(sections, spec.with_summary(evals.summary)):
