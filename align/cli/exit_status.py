@@ -26,7 +26,9 @@ TRACEBACK_HELP = "Print the traceback of an error, also of a library's."
 DOES_NOT_FIT = 3
 """Exit status of a plan that does not fit: no user error (2), no failure (1), but `plan && sft` must stop."""
 CHECK_FAILED = 4
-"""Exit status of a run that trained to the end and did not learn: its files are kept."""
+"""Exit status of a run that trained to the end and did not learn, and of a verdict that is not as required.
+
+All files are kept."""
 
 
 @dataclass

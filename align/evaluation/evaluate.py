@@ -164,7 +164,7 @@ def run_plan(
     if plan.against is not None:
         against, others = _evaluate(plan.against, plan.suites, cache, progress)
         publish_evaluation(evaluation_folder(plan.against), against, None, run=None)
-    evaluation, against = _with_judged_suites(plan, (evaluation, against), (completions, others))
+    evaluation, against = _with_preferences(plan, (evaluation, against), (completions, others))
     folder = evaluation_folder(plan.model)
     verdict = publish_evaluation(folder, evaluation, against, run=plan.model.run)
     return EvaluationResult(evaluation, against, folder, plan.notes, verdict)
@@ -188,7 +188,7 @@ def _evaluate(
     return Evaluation(source.label, model.identity, results), completions
 
 
-def _with_judged_suites(
+def _with_preferences(
     plan: EvaluationPlan,
     evaluations: tuple[Evaluation, Evaluation | None],
     completions: tuple[Completions, Completions],
@@ -201,10 +201,10 @@ def _with_judged_suites(
         name = entry.suite.name
         if name in plan.judges:
             judge = load_judge(plan.judges[name])
-            judged = judge_suite(entry, judge, completions[0][name], completions[1].get(name))
-            first[name] = judged.result
-            if judged.against is not None:
-                second[name] = judged.against
+            scored = judge_suite(entry, judge, completions[0][name], completions[1].get(name))
+            first[name] = scored.result
+            if scored.against is not None:
+                second[name] = scored.against
     evaluation, against = evaluations
     return replace(evaluation, suites=first), None if against is None else replace(against, suites=second)
 

@@ -1,4 +1,4 @@
-"""Suites of task ``preference``: a judge compares completions with those of another model, or with replies."""
+"""Suites of task ``preference``: a judge compares completions of two models, or with the rows' replies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -50,6 +50,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "metrics": catalog.metrics,
     "pipelines": catalog.pipelines,
     "recipes": catalog.recipes,
+    "suite-layouts": graders.layouts,
+    "suites": graders.suites,
     "stages": catalog.stages,
     "templates": catalog.templates,
 }

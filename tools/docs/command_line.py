@@ -35,7 +35,8 @@ def exit_status() -> str:
         USER_ERROR: "an error in the recipe, the data, the command or a Python function of the recipe; "
         "nothing was written unless the run had started",
         DOES_NOT_FIT: "`plan`: the run does not fit in memory",
-        CHECK_FAILED: "the run trained to the end and learned nothing; its files are kept",
+        CHECK_FAILED: "the run trained to the end and learned nothing, or the verdict is not what "
+        "`eval --require` asks for; all files are kept",
         INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
         CLOSED_OUTPUT: "nobody reads the output any more, as after `| head`; a run has saved a checkpoint",
     }

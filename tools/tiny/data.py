@@ -10,6 +10,7 @@ from random import Random
 
 from tools.tiny import rows
 from tools.tiny.company import documents, questions_and_answers
+from tools.tiny.corpus import Corpus
 from tools.tiny.tickets import tickets
 
 DATA_SEED = 7
@@ -20,6 +21,8 @@ CHATS_PER_SIDE = (500, 60)
 STORY_PAIRS_PER_SIDE, ANSWER_PAIRS_PER_SIDE, SAFE_PAIRS_PER_SIDE = (1000, 100), (500, 50), (600, 60)
 PROMPTS_PER_SIDE, STORY_PROMPT_FRACTION = (800, 120), 0.6
 DOCUMENTS_PER_SIDE = (400, 60)
+GENERAL_TEXTS, GENERAL_SEED = 60, 100
+"""Texts of each language; their seed is that of no pretraining text."""
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
@@ -81,6 +84,20 @@ def write_documents(folder: Path, seed: int) -> None:
         (folder / name).write_text("\n\n".join(documents_of_side) + "\n", encoding="utf-8", newline="\n")
 
 
+def write_general_texts(folder: Path, seed: int) -> None:
+    """Write texts of the pretraining's kind in both languages, to measure what tuning forgets."""
+    texts: dict[str, list[str]] = {"en": [], "ko": []}
+    for text in Corpus(seed + GENERAL_SEED).documents(40 * GENERAL_TEXTS):
+        letters = [character for character in text if character.isalpha()]
+        num_latin = sum(character.isascii() for character in letters)
+        # Many documents have both languages; these are in neither half.
+        language = {0: "ko", len(letters): "en"}.get(num_latin)
+        if language is not None and len(texts[language]) < GENERAL_TEXTS:
+            texts[language].append(text)
+    records = [{"text": text, "language": language} for language in texts for text in texts[language]]
+    write_jsonl(folder / "general_held_out.jsonl", records)
+
+
 def write_all(folder: Path, seed: int = DATA_SEED) -> None:
     """Write every data file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +107,7 @@ def write_all(folder: Path, seed: int = DATA_SEED) -> None:
     write_csv(folder / "in_house.csv", train)
     write_csv(folder / "in_house_held_out.csv", held_out)
     write_documents(folder, seed)
+    write_general_texts(folder, seed)
     write_csv(folder / "tickets.csv", tickets(Random(f"{seed}/tickets")))
 
 

@@ -316,13 +316,13 @@ def test_a_reward_run_judges(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED_PAIRS.is_file(), reason="the published pairs are not there")
-def test_the_length_agrees_with_people_by_chance(tmp_path: Path) -> None:
+def test_people_agree_more_with_one_another_than_with_the_length() -> None:
     verdicts: dict[int, Verdict] = {0: "tie", 1: "A", 2: "B"}
     rows = json.loads(SHARED_PAIRS.read_text("utf-8"))
     pairs = [
         Pair(
             [Message("user", row["instruction"], context=row["input"])],
-            *(str(row[name]) for name in ("response1", "response2")),  # one is `true`
+            *(str(row[name]) for name in ("response1", "response2")),  # a few are numbers or `true`
         )
         for row in rows
     ]
@@ -331,4 +331,11 @@ def test_the_length_agrees_with_people_by_chance(tmp_path: Path) -> None:
     of_length = human_agreement(length.compare(pairs), labels[0])
     people = human_agreement([Judgment(label) for label in labels[1]], labels[0])
     assert of_length.count == people.count == 790
-    assert people.kappa > 0.8 and of_length.kappa < 0.4
+    lengths = [[len(str(row[name])) for name in ("response1", "response2")] for row in rows]
+    signs = [{0: 0, 1: 1, 2: -1}[row["annotator1"]] for row in rows]
+    equal = sum(
+        (first > second) - (first < second) == sign
+        for (first, second), sign in zip(lengths, signs, strict=True)
+    )
+    assert of_length.agreement == equal / 790
+    assert people.kappa > 0.8 and 0 < of_length.kappa < 0.4

@@ -43,9 +43,9 @@ def assert_close_runs(expected_run: Result, other_run: Result, *, error: float =
     """Compare losses and gradients step by step, held-out losses, and the saved adapters."""
     assert len(expected_run.metrics) == len(other_run.metrics)
     for first, second in zip(expected_run.metrics, other_run.metrics, strict=True):
-        for key in ("loss", "grad_norm", "eval/loss"):
+        for key in ("loss", "grad_norm", "eval/loss", "eval/suites/mine"):
             assert math.isclose(first.get(key, 0), second.get(key, 0), rel_tol=error), (first, second)
-    for key in ("eval/loss_before", "eval/loss_after"):
+    for key in ("eval/loss_before", "eval/loss_after", "eval/suites/mine_before", "eval/suites/mine_after"):
         assert math.isclose(
             expected_run.record["metrics"][key], other_run.record["metrics"][key], rel_tol=error
         )
@@ -59,8 +59,18 @@ def assert_close_runs(expected_run: Result, other_run: Result, *, error: float =
 
 
 @pytest.fixture
-def single_process_run(make_recipe: MakeRecipe) -> Result:
-    return run_on_processes(make_recipe, "one", 1, **UNEVEN)
+def uneven(tmp_path: Path) -> dict[str, Any]:
+    """Return the settings, with a suite of three texts: ranks have unequal numbers of items."""
+    rows = [{"text": text} for text in ("Mina has a red ball.", "Tom is sad.", "연은 빨갛습니다.")]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("description: mine\ntask: perplexity\ndata: {source: texts.jsonl}\n", encoding="utf-8")
+    return {**UNEVEN, "evaluate__suites": [str(suite)], "train__evaluate_every": 4}
+
+
+@pytest.fixture
+def single_process_run(make_recipe: MakeRecipe, uneven: dict[str, Any]) -> Result:
+    return run_on_processes(make_recipe, "one", 1, **uneven)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +83,13 @@ def single_process_run(make_recipe: MakeRecipe) -> Result:
         "fsdp2",
     ],
 )
-def test_two_processes_match_one(make_recipe: MakeRecipe, single_process_run: Result, strategy: str) -> None:
-    two = run_on_processes(make_recipe, "two", 2, strategy, **UNEVEN)
+def test_two_processes_match_one(
+    make_recipe: MakeRecipe, single_process_run: Result, uneven: dict[str, Any], strategy: str
+) -> None:
+    two = run_on_processes(make_recipe, "two", 2, strategy, **uneven)
+    between = [entry for entry in single_process_run.metrics if "eval/suites/mine" in entry]
+    assert between, "evaluated each time that the held-out loss is"
+    assert len(between) == sum("eval/loss" in entry for entry in single_process_run.metrics)
     assert_close_runs(single_process_run, two)
     assert two.record["processes"] == 2 and two.record["status"] == "finished"
     assert two.samples == single_process_run.samples
