@@ -11,10 +11,12 @@ COLLAPSING = {"adapter": FULL, "train.learning_rate": 0.15, "ppo.ppo_epochs": 8}
 ONLY_A = FREE | {"rewards.sources": "REWARDS:only_a"}
 BRIEF = FREE | {"rewards.sources": "REWARDS:short"}
 
+MANY_PROMPTS = {"rows": {"number": 148}, "data.held_out": 100}
+
 PPO = (
     Fault(
         "ppo",
-        COLLAPSING | {"rewards.sources": "REWARDS:variety"},
+        COLLAPSING | MANY_PROMPTS | {"rewards.sources": "REWARDS:variety"},
         "reward",
         "eval/objective/reward_after",
         1,
@@ -169,7 +171,7 @@ REJECTION += (
     ),
     Fault(
         "rejection",
-        {"adapter": FULL, "train.learning_rate": 1.0, "rows": {"number": 148}, "data.held_out": 100},
+        {"adapter": FULL, "train.learning_rate": 1.0} | MANY_PROMPTS,
         "reward",
         "eval/objective/reward_after",
         1,
