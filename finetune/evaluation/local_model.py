@@ -70,7 +70,10 @@ class LocalModel:
             tokens_per_batch=self._tokens_per_batch,
         )
         return [
-            ChoiceAnswer(tuple(row.tolist()), tuple(len(choice.encode()) for choice in choices))
+            # Blanks that separate a choice from its context are no text of the choice.
+            ChoiceAnswer(
+                tuple(row.tolist()), tuple(max(1, len(choice.strip().encode())) for choice in choices)
+            )
             for row, (_, choices) in zip(logps, questions, strict=True)
         ]
 
