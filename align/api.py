@@ -187,8 +187,7 @@ def run(
         recipe: from ``load_recipe``.
         force: start over even if a run of this recipe exists.
         accept_changed_code: resume an interrupted run although files of its user functions have changed.
-        callbacks: transformers' ``TrainerCallback`` objects, in every stage; in rejection sampling in each
-            round. A finished run does not call them.
+        callbacks: transformers' ``TrainerCallback`` objects (rejection sampling calls them in each round).
         command: the command that is recorded in run.json.
 
     Raises:
@@ -221,9 +220,7 @@ def run(
 
 @for_python
 def finish(run: "str | Path | Result", *, accept_changed_code: bool = False) -> "Result":
-    """Make a finished run of an interrupted one at its last checkpoint; a finished run is returned at once.
-
-    No step is trained. The weights are saved and evaluated as at the end of a run.
+    """Make a finished run of an interrupted one at its last checkpoint, without a further step.
 
     Args:
         run: the run directory, its name in ./runs, or a prefix of the name (the newest that is not finished).

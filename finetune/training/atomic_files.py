@@ -115,5 +115,5 @@ def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _damaged_line(path: Path, number: int) -> Problem:
-    repair = "delete that line, or start the run over with --force"
+    repair = "delete that line; the same command then resumes the run"
     return Problem(f"{path}:{number}", "a damaged line", "a JSON object", repair)
