@@ -57,7 +57,7 @@ PPO = (
         -1,
         (
             Advice("raise ppo.kl_coef", {"ppo.kl_coef": 1.0}),
-            Advice("ppo.adaptive_kl_target=6", {"ppo.adaptive_kl_target": 6.0, "ppo.kl_horizon": 33}),
+            Advice("ppo.adaptive_kl_target=6", {"ppo.adaptive_kl_target": 6.0, "ppo.kl_horizon": 8}),
         ),
     ),
     Fault(
