@@ -74,6 +74,8 @@ def make(stage: str, folder: Path, **more: Any) -> Recipe:
     if stage in ("ppo", "grpo", "rloo", "rejection"):
         (folder / "rule.py").write_text(REWARD)
         settings |= DRAWN | {"rewards.sources": f"{folder / 'rule.py'}:short"}
+    if stage == "pretrain":
+        settings |= {"data.held_out": 0}  # one document
     if stage == "ppo":
         settings |= {"ppo.rollout_size": 4}
         del settings["sampling.num_generations"]
