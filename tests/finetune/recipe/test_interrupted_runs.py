@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe.checkpoint_folder import run_of_checkpoint
+from finetune.recipe.bases import resolve_base
+from finetune.recipe.checkpoint_folder import run_of_checkpoint, write_merged_from
 from finetune.recipe.errors import UserError
 from finetune.recipe.runs import FORMAT, find_run, read_finished_record
 from finetune.recipe.terminal import command_line, typed_command
@@ -108,3 +109,22 @@ def test_printed_commands_paste(word: str) -> None:
 
 def test_the_recorded_command_has_no_force() -> None:
     assert shlex.split(typed_command([*WORDS, "--force"])) == ["llm-align", *WORDS]
+
+
+def test_merged_weights_are_those_of_the_run_or_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", status="interrupted", steps=(20,))
+    checksums = run / "checkpoints/checkpoint-20/checksums.json"
+    checksums.write_text('{"adapter_model.safetensors": "a", "optimizer.pt": "b"}')
+    merged = run / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    record = read_finished_record(checksums.parent)
+    assert record["files"] == {"adapter_model.safetensors": "a"} and record["steps"] == 20
+    write_merged_from(merged, record)
+    assert resolve_base(str(run)) == str(merged)
+    (run / "run.json").write_text(
+        json.dumps(record | {"status": "finished", "files": {"adapter/x": "c"}, "steps": 100})
+    )
+    with pytest.raises(UserError, match="the weights of step 20, and the run is at step 100") as caught:
+        resolve_base(str(run))
+    assert f"`llm-align merge {run}` renews it" in str(caught.value)
