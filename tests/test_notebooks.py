@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize(
     ("epochs", "lowest"),
-    [(10, 15), pytest.param(30, 70, marks=pytest.mark.slow)],
+    [(12, 15), pytest.param(30, 70, marks=pytest.mark.slow)],
     ids=["shortened", "as it is"],
 )
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

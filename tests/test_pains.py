@@ -14,7 +14,7 @@ KERNELS = {"flash_attn", "xformers", "deepspeed", "triton", "vllm", "unsloth", "
 """What has to be compiled, or fits one version of a driver."""
 BROUGHT = {"numpy", "pyarrow", "tokenizers", "huggingface_hub", "pydantic_core", "typing_extensions"}
 """What torch, transformers, datasets and pydantic cannot do without themselves."""
-ASKED_FOR = {"deepspeed": "zero"}
+ASKED_FOR = {"deepspeed": "zero", "jsonschema": "graders", "langdetect": "graders"}
 """What only one setting uses, and the extra that brings it; nothing imports it before it is asked for."""
 OTHER_NAMES = {"ruamel": "ruamel.yaml"}
 

@@ -176,6 +176,9 @@ def run_llm_align(words: list[str]) -> None:
         invoke([*words, *prompt, "--max-new-tokens", "2"])
     elif verb == "generate":
         invoke([*words, "--limit", "3", "--max-new-tokens", "2"])
+    elif verb == "finish":
+        # The reader's runs are finished: the words alone are checked.
+        cli.commands[verb].make_context(verb, words[1:], resilient_parsing=True)
     elif verb == "eval":
         invoke(_evaluation_here(words))
     elif verb == "plan":

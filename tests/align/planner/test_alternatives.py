@@ -117,7 +117,7 @@ def test_smaller_micro_batches_are_proposed_on_a_cpu() -> None:
     rows = {dict(alternative.changes).get("train.micro_batch_size") for alternative in alternatives}
     assert rows == {None, plan.micro_batch_size // 4, 1}
     _, of_kto = plan_with_alternatives("cpu", stage="kto", name="quickstart")
-    assert {dict(alternative.changes).get("train.micro_batch_size") for alternative in of_kto} == {None, 8, 2}
+    assert {dict(alternative.changes).get("train.micro_batch_size") for alternative in of_kto} == {None, 4, 2}
 
 
 def test_one_process_gets_no_strategy() -> None:

@@ -58,9 +58,15 @@ def test_selected_completions_are_the_best(uninterrupted: Result) -> None:
     assert (rounds["1"]["rows"], rounds["2"]["rows"]) == (6, 12), "earlier rounds are trained on again"
 
 
-def test_reward_increases(uninterrupted: Result) -> None:
+def test_reward_increases(folder: Path, base_folder: Path) -> None:
+    # An adapter on random weights learns nothing that helps new prompts.
+    more = {"adapter__method": "full", "rejection__prompts": 10, "rejection__num_generations": 8}
+    metrics = run(recipe(folder, base_folder, folder / "full", **more, train__epochs=4)).record["metrics"]
+    assert metrics["eval/objective/reward_after"] > metrics["eval/objective/reward_before"] + 1
+
+
+def test_metrics_of_the_held_out_prompts(uninterrupted: Result) -> None:
     metrics = uninterrupted.record["metrics"]
-    assert metrics["eval/objective/reward_after"] > metrics["eval/objective/reward_before"] + 0.1
     assert metrics["eval/objective/best_of_n_reward_before"] > metrics["eval/objective/reward_before"]
     gold = metrics["eval/gold/letters_after"]
     assert gold == pytest.approx(metrics["eval/objective/reward_after"]), "the grader is the reward here"
