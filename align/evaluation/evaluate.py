@@ -14,7 +14,7 @@ from align.evaluation.held_out import (
     prompt_key,
     read_run_rows,
 )
-from align.evaluation.load_judge import JudgeSettings, parse_judge, read_judge
+from align.evaluation.load_judge import JudgeSettings, load_judge, parse_judge, read_judge
 from align.evaluation.pages import publish_evaluation
 from align.evaluation.preference import judge_suite
 from align.evaluation.verdict import Verdict
@@ -194,8 +194,6 @@ def _with_preferences(
     completions: tuple[Completions, Completions],
 ) -> tuple[Evaluation, Evaluation | None]:
     """Return both evaluations with the results of the suites that a judge scores."""
-    from align.evaluation.load_judge import load_judge
-
     first, second = (dict(other.suites) if other is not None else {} for other in evaluations)
     for entry in plan.suites:
         name = entry.suite.name

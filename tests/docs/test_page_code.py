@@ -178,7 +178,7 @@ def run_llm_align(words: list[str]) -> None:
         invoke([*words, "--limit", "3", "--max-new-tokens", "2"])
     elif verb == "finish":
         # The reader's runs are finished: the words alone are checked.
-        cli.commands[verb].make_context(verb, words[1:], resilient_parsing=True)
+        cli.commands[verb].make_context(verb, words[1:])
     elif verb == "eval":
         invoke(_evaluation_here(words))
     elif verb == "plan":
