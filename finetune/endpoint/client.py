@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+from platformdirs import user_cache_path
 
-from finetune.endpoint.cache import EndpointCache, request_key
+from finetune.answer_store import AnswerStore
 from finetune.endpoint.messages import (
     ChatRequest,
     CompletionRequest,
     EndpointAnswer,
     EndpointRequest,
     from_json,
+    request_key,
     to_json,
 )
 from finetune.endpoint.problems import (
@@ -45,6 +47,8 @@ NOT_FOUND = 404
 Progress = Callable[[int, int], None]
 """Receives the number of answers so far, those of the cache included, and of all requests."""
 T = TypeVar("T")
+FILE = "endpoint-answers.sqlite"
+REPAIR = "delete the file (its answers are requested again), or set another `cache`"
 
 
 @dataclass
@@ -82,7 +86,7 @@ class EndpointClient:
         self.settings = settings
         self.usage = EndpointUsage()
         self._key = ApiKey(settings)
-        self._cache = EndpointCache(Path(settings.cache).expanduser() if settings.cache else None)
+        self._cache = _open_cache(Path(settings.cache).expanduser() if settings.cache else None)
         self._connected = False
         self._resume_at = 0.0
 
@@ -368,3 +372,15 @@ def _run_async(coroutine: Coroutine[Any, Any, T]) -> T:
             if not future.done():
                 loop.call_soon_threadsafe(task.cancel)
             raise
+
+
+def _open_cache(folder: Path | None) -> AnswerStore:
+    """Open or create the file with the answers of all endpoints.
+
+    Args:
+        folder: where it is; None: in the user's cache folder.
+
+    Raises:
+        UserError: the folder cannot be written, or the file is damaged.
+    """
+    return AnswerStore((folder or user_cache_path("llm-align")) / FILE, repair=REPAIR)

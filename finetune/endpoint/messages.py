@@ -1,5 +1,6 @@
 """Requests to an OpenAI-compatible endpoint and its answers: chat completions, and completions of a text."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,9 @@ from finetune.recipe.errors import Problem, UserError
 CONTENT_FILTER = "content_filter"
 """Finish reason, and error code of providers, for texts that their filter refuses."""
 ROLES = ("system", "user", "assistant")
+
+FORMAT = 1
+"""Part of every key: raised when stored answers change."""
 
 
 class MalformedAnswerError(ValueError):
@@ -272,3 +276,16 @@ def _answer(
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
     )
+
+
+def request_key(url: str, path: str, body: Mapping[str, Any], seed: int | None) -> str:
+    """Return the key of a request: a digest of all that decides its answer.
+
+    Args:
+        url: base URL of the endpoint.
+        path: of the API.
+        body: the request, with model and sampling settings.
+        seed: also where the request has no seed because the server takes none: samples stay different.
+    """
+    text = json.dumps([FORMAT, url, path, body, seed], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -170,6 +170,6 @@ def test_a_limit_draws_the_same_items_each_time_and_whole_clusters(tmp_path: Pat
 
 def test_a_damaged_cache_names_its_file(tmp_path: Path) -> None:
     cache = AnswerCache({}, tmp_path)
-    cache.path.write_bytes(b"no database" * 1000)
+    cache.store.path.write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match="delete this file"):
         cache.answers(["q"], lambda indices: ["a"], window=1)
